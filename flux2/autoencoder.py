@@ -1,0 +1,387 @@
+"""The convolutional autoencoders of SD, SDXL, FLUX.1, FLUX.2 and VA-VAE: one network, one table of shapes.
+
+Spaces a tensor can be in (N batch, H x W pixels, f = downsampling of the convolutions, p = patch):
+
+    pixels              [N, 3, H, W]           values in [-1, 1]
+    moments             [N, 2z, H/f, W/f]      mean and log-variance, stacked
+    raw latents         [N, z, H/f, W/f]       what the decoder network reads
+    normalised latents  [N, z p^2, H/fp, W/fp] what a flow model reads: patchified p x p, then normalised
+
+`encode` returns normalised latents and `decode` takes them, so that normalisation cannot be forgotten. State-dict keys
+are those of the original FLUX.2 code (`encoder.down.0.block.0.norm1.weight`, `bn.running_mean`). Layers, paddings and
+constants follow black-forest-labs/flux2 `src/flux2/autoencoder.py` (Apache-2.0) and CompVis/latent-diffusion.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux2.latents import patchify, unpatchify
+
+NORM_EPS = 1e-6  # every GroupNorm
+BN_EPS, BN_MOMENTUM = 1e-4, 0.1  # FLUX.2's latent BatchNorm
+LOGVAR_RANGE = (-30.0, 20.0)  # LDM
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Shape of an autoencoder.
+
+    ch, decoder_ch: width of the first level, multiplied by ch_mult[i] at level i; every level but the last halves the
+    sides. attn_levels: levels with attention after each residual block (the middle always has one block).
+    latent_norm: "batchnorm" (per-channel running statistics of the patchified latent), "affine" ((z - shift) * scale)
+    or "stats" (stored per-channel mean and std). shortcut: "patch" adds a trainable linear space-to-channel path beside
+    encoder and decoder (the residual autoencoding of DC-AE, arXiv:2410.10733); "none" is every published shape.
+    """
+
+    z_channels: int
+    ch: int = 128
+    decoder_ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_levels: tuple[int, ...] = ()
+    quant_conv: bool = True
+    patch: int = 2
+    latent_norm: Literal["batchnorm", "affine", "stats"] = "affine"
+    scale: float = 1.0
+    shift: float = 0.0
+    num_groups: int = 32
+    shortcut: Literal["none", "patch"] = "none"
+
+    def __post_init__(self) -> None:
+        for name, width in (("ch", self.ch), ("decoder_ch", self.decoder_ch)):
+            if bad := [width * m for m in self.ch_mult if width * m % self.num_groups]:
+                raise ValueError(f"{name}={width}: widths must be multiples of num_groups={self.num_groups}, got {bad}")
+        for name, allowed in (("latent_norm", ("batchnorm", "affine", "stats")), ("shortcut", ("none", "patch"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    @property
+    def downsample(self) -> int:
+        """Pixels a raw latent position covers along a side (8 for FLUX.2)."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def multiple(self) -> int:
+        """Pixels a normalised latent position covers along a side; image sides must be multiples of it."""
+        return self.downsample * self.patch
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the normalised latent (128 for FLUX.2)."""
+        return self.z_channels * self.patch**2
+
+
+# fmt: off
+AUTOENCODERS: dict[str, AutoencoderConfig] = {
+    "sd":                   AutoencoderConfig(z_channels=4, scale=0.18215),
+    "sdxl":                 AutoencoderConfig(z_channels=4, scale=0.13025),
+    "flux.1":               AutoencoderConfig(z_channels=16, scale=0.3611, shift=0.1159, quant_conv=False),
+    "flux.2":               AutoencoderConfig(z_channels=32, latent_norm="batchnorm"),
+    "flux.2-small-decoder": AutoencoderConfig(z_channels=32, latent_norm="batchnorm", decoder_ch=96),
+    "va-vae":               AutoencoderConfig(z_channels=32, latent_norm="stats", ch_mult=(1, 1, 2, 2, 4), attn_levels=(4,), patch=1),
+}
+# fmt: on
+
+
+class Posterior:
+    """Diagonal Gaussian over raw latents, from moments [N, 2z, h, w]; log-variance clamped to [-30, 20]."""
+
+    def __init__(self, moments: Tensor) -> None:
+        self.mean, logvar = moments.chunk(2, dim=1)  # [N, z, h, w] each
+        self.logvar = logvar.clamp(*LOGVAR_RANGE)
+
+    def mode(self) -> Tensor:
+        """[N, z, h, w]"""
+        return self.mean
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """mean + std * noise, [N, z, h, w]; noise: standard normal of that shape, drawn here if not given."""
+        noise = torch.randn_like(self.mean) if noise is None else noise.to(self.mean)
+        if noise.shape != self.mean.shape:
+            raise ValueError(f"noise: expected shape {tuple(self.mean.shape)}, got {tuple(noise.shape)}")
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """KL divergence to the standard normal, mean per latent element: [N], fp32."""
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).mean(1)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm-SiLU-conv3x3 twice, plus a skip that is 1x1 where the width changes. [N, in, h, w] -> [N, out, h, w]"""
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups, in_channels, NORM_EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(num_groups, out_channels, NORM_EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.same_width = in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.same_width else self.nin_shortcut(x))
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions, head dimension = channels. [N, C, h, w] -> same"""
+
+    def __init__(self, channels: int, num_groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(num_groups, channels, NORM_EPS)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        n, c, h, w = x.shape
+        q, k, v = (m(normed).flatten(2).transpose(1, 2).unsqueeze(1) for m in (self.q, self.k, self.v))  # [N, 1, hw, C]
+        out = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(n, c, h, w))
+
+
+class Downsample(nn.Module):
+    """Halves the sides: zeros on the right and below, then conv3x3 of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the sides: nearest neighbour, then conv3x3."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _middle(channels: int, num_groups: int) -> nn.Module:
+    mid = nn.Module()
+    mid.block_1 = ResBlock(channels, channels, num_groups)
+    mid.attn_1 = AttnBlock(channels, num_groups)
+    mid.block_2 = ResBlock(channels, channels, num_groups)
+    return mid
+
+
+def _level(widths: list[int], attention: bool, num_groups: int) -> nn.Module:
+    """Residual blocks widths[0] -> widths[1] -> ..., each followed by attention where asked."""
+    level = nn.Module()
+    level.block = nn.ModuleList(ResBlock(i, o, num_groups) for i, o in zip(widths, widths[1:], strict=False))
+    level.attn = nn.ModuleList(AttnBlock(o, num_groups) for o in widths[1:] if attention)
+    return level
+
+
+def _run_level(level: nn.Module, x: Tensor) -> Tensor:
+    for j, block in enumerate(level.block):
+        x = block(x)
+        if level.attn:
+            x = level.attn[j](x)
+    return x
+
+
+class Encoder(nn.Module):
+    """Pixels [N, 3, H, W] -> moments [N, 2z, H/f, W/f]; the 1x1 quant_conv included."""
+
+    def __init__(self, cfg: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [cfg.ch * m for m in cfg.ch_mult]
+        self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = cfg.ch
+        for i, out in enumerate(widths):
+            level = _level([width] + [out] * cfg.num_res_blocks, i in cfg.attn_levels, cfg.num_groups)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(out)
+            self.down.append(level)
+            width = out
+        self.mid = _middle(width, cfg.num_groups)
+        self.norm_out = nn.GroupNorm(cfg.num_groups, width, NORM_EPS)
+        self.conv_out = nn.Conv2d(width, 2 * cfg.z_channels, 3, padding=1)
+        if cfg.quant_conv:
+            self.quant_conv = nn.Conv2d(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
+        if cfg.shortcut == "patch":
+            self.shortcut = nn.Conv2d(3, cfg.z_channels, cfg.downsample, stride=cfg.downsample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = _run_level(level, h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        if hasattr(self, "quant_conv"):
+            h = self.quant_conv(h)
+        if hasattr(self, "shortcut"):
+            mean, logvar = h.chunk(2, dim=1)
+            h = torch.cat((mean + self.shortcut(x), logvar), dim=1)
+        return h
+
+
+class Decoder(nn.Module):
+    """Raw latents [N, z, h, w] -> pixels [N, 3, fh, fw]; the 1x1 post_quant_conv included."""
+
+    def __init__(self, cfg: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [cfg.decoder_ch * m for m in cfg.ch_mult]
+        if cfg.quant_conv:
+            self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
+        width = widths[-1]
+        self.conv_in = nn.Conv2d(cfg.z_channels, width, 3, padding=1)
+        self.mid = _middle(width, cfg.num_groups)
+        levels: list[nn.Module] = []
+        for i in reversed(range(len(widths))):
+            level = _level([width] + [widths[i]] * (cfg.num_res_blocks + 1), i in cfg.attn_levels, cfg.num_groups)
+            if i > 0:
+                level.upsample = Upsample(widths[i])
+            levels.insert(0, level)  # up.0 is the full-resolution level
+            width = widths[i]
+        self.up = nn.ModuleList(levels)
+        self.norm_out = nn.GroupNorm(cfg.num_groups, width, NORM_EPS)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        if cfg.shortcut == "patch":
+            self.shortcut = nn.ConvTranspose2d(cfg.z_channels, 3, cfg.downsample, stride=cfg.downsample)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z
+        h = self.conv_in(h)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        for level in reversed(self.up):
+            h = _run_level(level, h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return h + self.shortcut(z) if hasattr(self, "shortcut") else h
+
+
+class AutoEncoder(nn.Module):
+    """Image autoencoder of the shape `cfg`; weights random until loaded (`flux2.load_autoencoder`).
+
+    Weights and activations are channels_last inside; inputs of either memory format are taken.
+    """
+
+    def __init__(self, cfg: AutoencoderConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        if cfg.latent_norm == "batchnorm":
+            self.bn = nn.BatchNorm2d(cfg.latent_channels, eps=BN_EPS, momentum=BN_MOMENTUM, affine=False)
+        elif cfg.latent_norm == "stats":
+            self.register_buffer("latent_mean", torch.zeros(cfg.latent_channels))
+            self.register_buffer("latent_std", torch.ones(cfg.latent_channels))
+        self.to(memory_format=torch.channels_last)
+
+    def train(self, mode: bool = True) -> AutoEncoder:
+        """As nn.Module.train, but the latent BatchNorm stays in eval: its statistics are fitted, not averaged."""
+        super().train(mode)
+        if self.cfg.latent_norm == "batchnorm":
+            self.bn.eval()
+        return self
+
+    def encode_moments(self, x: Tensor) -> Tensor:
+        """Pixels [N, 3, H, W] in [-1, 1] -> moments [N, 2z, H/f, W/f]. ValueError if a side is no multiple of `multiple`."""
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"pixels: expected [N, 3, H, W], got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"pixels: expected a floating-point tensor in [-1, 1], got {x.dtype}")
+        multiple = self.cfg.multiple
+        if x.shape[2] % multiple or x.shape[3] % multiple or 0 in x.shape:
+            raise ValueError(
+                f"pixels: height and width must be positive multiples of {multiple}, got {x.shape[2]}x{x.shape[3]}"
+                " (`reconstruct` pads and crops)"
+            )
+        return self.encoder(x.contiguous(memory_format=torch.channels_last))
+
+    def posterior(self, x: Tensor) -> Posterior:
+        """Pixels [N, 3, H, W] in [-1, 1] -> Gaussian over raw latents [N, z, H/f, W/f]."""
+        return Posterior(self.encode_moments(x))
+
+    def latent_affine(self) -> tuple[Tensor, Tensor]:
+        """(mean, std), fp32, broadcastable over patchified latents: normalised = (patchified - mean) / std."""
+        if self.cfg.latent_norm == "batchnorm":
+            assert self.bn.running_mean is not None and self.bn.running_var is not None
+            mean, std = self.bn.running_mean.float(), (self.bn.running_var.float() + BN_EPS).sqrt()
+        elif self.cfg.latent_norm == "stats":
+            mean, std = self.latent_mean.float(), self.latent_std.float()
+        else:
+            device = self.decoder.conv_in.weight.device
+            mean = torch.full((1,), self.cfg.shift, device=device)
+            std = torch.full((1,), 1.0 / self.cfg.scale, device=device)
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Raw latents [N, z, h, w] -> normalised latents [N, z p^2, h/p, w/p], dtype kept."""
+        mean, std = self.latent_affine()
+        return ((patchify(z, self.cfg.patch) - mean) / std).to(z.dtype)
+
+    def denormalise(self, z: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        if z.ndim != 4 or z.shape[1] != self.cfg.latent_channels:
+            raise ValueError(f"latents: expected [N, {self.cfg.latent_channels}, h, w], got {list(z.shape)}")
+        mean, std = self.latent_affine()
+        return unpatchify((z * std + mean).to(z.dtype), self.cfg.patch)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Pixels [N, 3, H, W] in [-1, 1] -> normalised latents [N, z p^2, H/fp, W/fp] of the posterior's mode."""
+        return self.normalise(self.posterior(x).mode())
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Normalised latents [N, z p^2, h, w] -> pixels [N, 3, fp h, fp w], about [-1, 1], not clamped."""
+        return self.decode_raw(self.denormalise(z))
+
+    def decode_raw(self, z: Tensor) -> Tensor:
+        """Raw latents [N, z, h, w] -> pixels [N, 3, fh, fw]."""
+        return self.decoder(z.contiguous(memory_format=torch.channels_last))
+
+    def forward(self, x: Tensor, sample: bool = False, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
+        """Training forward, in raw latents: pixels [N, 3, H, W] -> (reconstruction of the same shape, posterior).
+
+        sample=False decodes the mode; True decodes a draw with `noise` [N, z, H/f, W/f]. The latent normalisation is
+        neither used nor changed.
+        """
+        posterior = self.posterior(x)
+        z = posterior.sample(noise) if sample else posterior.mode()
+        return self.decode_raw(z), posterior
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Pixels [N, 3, H, W] of any size -> reconstruction of the same size, clamped to [-1, 1].
+
+        Sides are padded by reflection on the right and below to the next multiple, and the result is cropped back.
+        """
+        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
+            raise ValueError(f"pixels: expected [N, 3, H, W] with no empty side, got {list(x.shape)}")
+        height, width = x.shape[2:]
+        rows, cols = (_reflected_index(side, self.cfg.multiple, x.device) for side in (height, width))
+        padded = x[:, :, rows][:, :, :, cols]
+        return self.decode(self.encode(padded))[:, :, :height, :width].clamp(-1, 1)
+
+
+def _reflected_index(side: int, multiple: int, device: torch.device) -> Tensor:
+    """Indices 0..side-1 continued by reflection (edge not repeated) up to the next multiple; any padding length."""
+    index = torch.arange(math.ceil(side / multiple) * multiple, device=device)
+    if side == 1:
+        return torch.zeros_like(index)
+    period = 2 * (side - 1)
+    index = index % period
+    return torch.where(index < side, index, period - index)

@@ -1,0 +1,79 @@
+"""The best linear code of a size: PCA of f x f RGB blocks. A yardstick, and a starting point for shortcut="patch"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flux2.autoencoder import AutoEncoder
+
+WARM_LOGVAR = -8.0  # posterior log-variance a warm-started encoder begins with
+
+
+@dataclass(frozen=True)
+class LinearCode:
+    """components [k, 3 f^2] orthonormal rows over blocks (c, row, column); mean [3] of the channels; std [k]; fp32."""
+
+    components: Tensor
+    mean: Tensor
+    std: Tensor
+    block: int
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Pixels [N, 3, H, W], sides multiples of the block -> their projection on the code, clamped to [-1, 1]."""
+        mean = self.mean.view(1, 3, 1, 1)
+        code = torch.einsum("kd,ndhw->nkhw", self.components, F.pixel_unshuffle(x - mean, self.block))
+        blocks = torch.einsum("kd,nkhw->ndhw", self.components, code)
+        return (F.pixel_shuffle(blocks, self.block) + mean).clamp(-1, 1)
+
+
+def fit_linear_code(x: Tensor, *, num_components: int, block: int) -> LinearCode:
+    """Closed-form PCA of the blocks of pixels x [N, 3, H, W] in [-1, 1] about the channels' mean, in fp64.
+
+    ValueError on fewer blocks than numbers in a block, or more components than that.
+    """
+    mean = x.double().mean((0, 2, 3))
+    blocks = F.pixel_unshuffle(x.double() - mean.view(1, 3, 1, 1), block).transpose(0, 1).flatten(1)  # [3 f^2, N h w]
+    size, count = blocks.shape
+    if count <= size:
+        raise ValueError(f"PCA of {size} numbers a block needs more blocks than that, got {count}")
+    if num_components > size:
+        raise ValueError(f"PCA: at most {size} components in a block of {block}x{block}, got {num_components}")
+    values, vectors = torch.linalg.eigh(blocks @ blocks.T / count)  # ascending
+    values, vectors = values.flip(0)[:num_components], vectors.flip(1)[:, :num_components].T
+    sign = torch.sign(vectors.sum(1, keepdim=True))  # an eigenvector's sign is arbitrary: fix it
+    vectors = vectors * torch.where(sign == 0, 1.0, sign)
+    std = values.clamp(min=1e-12).sqrt()
+    return LinearCode(vectors.float(), mean.float(), std.float(), block)
+
+
+@torch.no_grad()
+def warm_start(ae: AutoEncoder, code: LinearCode) -> None:
+    """Sets an autoencoder with shortcut="patch" to compute exactly `code`: its networks start by adding zero.
+
+    Component i is divided by std_i^(1/2) on the way in: half-way between an orthonormal code, whose latents differ 50-fold
+    in size, and a whitened one, whose weights do. ValueError if the shapes do not fit.
+    """
+    if ae.cfg.shortcut != "patch":
+        raise ValueError(f"warm start needs shortcut='patch', got {ae.cfg.shortcut!r}")
+    z, f = ae.cfg.z_channels, ae.cfg.downsample
+    if code.block != f or len(code.components) != z:
+        raise ValueError(
+            f"warm start: expected {z} components of {f}x{f} blocks, got {len(code.components)} of {code.block}x{code.block}"
+        )
+    scale = code.std.clamp(min=1e-3).sqrt()[:, None]  # [k, 1]
+    into, out = code.components / scale, code.components * scale
+    ae.encoder.shortcut.weight.copy_(into.view(z, 3, f, f))
+    mean_block = code.mean.repeat_interleave(f * f)
+    ae.encoder.shortcut.bias.copy_(-(into @ mean_block))
+    ae.decoder.shortcut.weight.copy_(out.view(z, 3, f, f))
+    ae.decoder.shortcut.bias.copy_(code.mean)
+    for last in (ae.encoder.conv_out, ae.decoder.conv_out):
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.zeros_(last.bias)
+    logvar_bias = ae.encoder.quant_conv.bias if ae.cfg.quant_conv else ae.encoder.conv_out.bias
+    logvar_bias[:z].zero_()
+    logvar_bias[z:].fill_(WARM_LOGVAR)
