@@ -1,0 +1,48 @@
+# Each target makes .venv and installs into it when pyproject.toml or constraints.txt changed; otherwise it starts at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: help train test bench lint format picture clean
+
+help:
+	@echo "make train    train the default autoencoder on bundled photographs; ARGS=... is passed on"
+	@echo "make test     run the tests"
+	@echo "make bench    run the micro-benchmarks"
+	@echo "make lint     ruff and pyright"
+	@echo "make format   let ruff rewrite the layout"
+	@echo "make picture  train photos-long and redraw the README's picture and figures"
+	@echo "make clean    remove .venv and caches"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "Python 3.11 to 3.13 is needed, $(PYTHON) is " + sys.version.split()[0] + "; choose one with PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/python -m train.vae --compile $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+picture: $(STAMP)
+	$(BIN)/python -m train.vae --preset photos-long --name photos-long --resume auto $(ARGS)
+	$(BIN)/python docs/make_picture.py runs/photos-long
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks *.egg-info build dist

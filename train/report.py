@@ -1,0 +1,218 @@
+"""Pictures and the page a run ends with: reconstruction grid, loss curves, latent PCA as RGB, report.html."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flux2.autoencoder import AutoEncoder
+from flux2.checkpoints import save_json
+from flux2.images import error_image, save_png, tile, to_uint8
+from flux2.linear_code import LinearCode
+from flux2.metrics import psnr, ssim
+from train.data import Pictures, to_pixels_nchw
+from train.loop import read_log
+
+GRID_CROPS = 8
+WHOLE_PICTURES, WHOLE_SIDE = 2, 512  # held-out pictures shown whole, and the longest side shown
+
+
+def bicubic(x: Tensor, side: int) -> Tensor:
+    """uint8 [N, 3, R, R] -> shrunk to side x side and enlarged again, bicubic with antialiasing, uint8 [N, 3, R, R]."""
+    small = F.interpolate(x.float(), size=(side, side), mode="bicubic", antialias=True).round().clamp(0, 255)
+    large = F.interpolate(small, size=tuple(x.shape[-2:]), mode="bicubic", antialias=True)
+    return large.round().clamp(0, 255).to(torch.uint8)
+
+
+def yardsticks(ae: AutoEncoder, crops: Tensor, code: LinearCode) -> dict[str, tuple[float, Tensor]]:
+    """{label: (numbers of the code per crop, reconstruction uint8 [N, 3, R, R])} of codes anyone can compute."""
+    side, f, z = crops.shape[-1], ae.cfg.downsample, ae.cfg.z_channels
+    equal = max(1, round(side * (z / 3) ** 0.5 / f))  # 3 side'^2 numbers, as near as whole pixels allow
+    equal = min(equal, side)
+    return {
+        f"bicubic, {f}x down and up": (3 * (side // f) ** 2, bicubic(crops, side // f)),
+        "bicubic at equal code size": (3 * equal**2, bicubic(crops, equal)),
+        f"PCA of {f}x{f} blocks, {len(code.components)} components": (
+            len(code.components) * (side // f) ** 2,
+            to_uint8(code.reconstruct(to_pixels_nchw(crops))),
+        ),
+    }
+
+
+def _hwc(x: Tensor) -> np.ndarray:
+    return x.permute(1, 2, 0).contiguous().numpy()
+
+
+def reconstruction_grid(crops: Tensor, ours: Tensor, linear: Tensor) -> np.ndarray:
+    """Rows: original, ours, 5x error, PCA, 5x error; columns: crops spread over the set. uint8 [H, W, 3], 2x size."""
+    chosen = torch.linspace(0, len(crops) - 1, min(GRID_CROPS, len(crops))).round().long().tolist()
+    a, b, c = ([_hwc(t[i]) for i in chosen] for t in (crops, ours, linear))
+    rows = [a, b, [error_image(x, y) for x, y in zip(a, b, strict=True)]]
+    rows += [c, [error_image(x, y) for x, y in zip(a, c, strict=True)]]
+    grid = tile([image for row in rows for image in row], columns=len(chosen))
+    return grid.repeat(2, 0).repeat(2, 1)
+
+
+def latent_rgb(z: Tensor) -> np.ndarray:
+    """First three principal components of a latent [C, h, w] as colours, each scaled to its 1st..99th percentile."""
+    c, h, w = z.shape
+    flat = z.reshape(c, -1).double()
+    flat = flat - flat.mean(1, keepdim=True)
+    _, vectors = torch.linalg.eigh(flat @ flat.T)
+    top = vectors[:, -3:].flip(1).T @ flat  # [3, h w]
+    low, high = torch.quantile(top, 0.01, dim=1, keepdim=True), torch.quantile(top, 0.99, dim=1, keepdim=True)
+    scaled = ((top - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return (scaled * 255).round().to(torch.uint8).reshape(3, h, w).permute(1, 2, 0).numpy()
+
+
+@torch.no_grad()
+def whole_pictures(ae: AutoEncoder, pictures: Pictures, code: LinearCode) -> list[dict[str, np.ndarray]]:
+    """For the first held-out pictures: original, ours, PCA, 5x error of ours, and raw and normalised latents as RGB."""
+    device = next(ae.parameters()).device
+    shown = []
+    for index in range(min(WHOLE_PICTURES, len(pictures))):
+        image = torch.from_numpy(pictures[index].copy()).permute(2, 0, 1)[None]
+        m = ae.cfg.multiple
+        height, width = (min(side, WHOLE_SIDE) // m * m for side in image.shape[-2:])
+        if not height or not width:
+            continue
+        image = image[:, :, :height, :width]
+        x = to_pixels_nchw(image)
+        z = ae.encode(x.to(device))
+        ours, linear = (_hwc(to_uint8(y)[0].cpu()) for y in (ae.decode(z), code.reconstruct(x)))
+        original = _hwc(image[0])
+        latent = latent_rgb(z[0].float().cpu())
+        raw = latent_rgb(ae.denormalise(z)[0].float().cpu())
+        enlarge = [np.repeat(np.repeat(r, height // r.shape[0], 0), width // r.shape[1], 1) for r in (raw, latent)]
+        shown.append(
+            {
+                "original": original,
+                "ours": ours,
+                "PCA": linear,
+                "5x error": error_image(original, ours),
+                "raw latent": enlarge[0],
+                "normalised latent": enlarge[1],
+            }
+        )
+    return shown
+
+
+def plot_curves(records: list[dict[str, Any]], path: Path, levels: dict[str, float]) -> None:
+    """Losses by name and held-out PSNR against images, PNG; `levels`: yardsticks in dB drawn as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [r for r in records if "loss" in r]
+    held = [r for r in records if "held_out_psnr" in r]
+    skip = {"step", "nimg", "lr", "images_per_second", "peak_memory_bytes"}
+    names = [k for k in (steps[0] if steps else {}) if k not in skip]
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), constrained_layout=True)
+    flat = list(axes.flat)
+    for axis, name in zip(flat[1:], names, strict=False):
+        axis.plot([r["nimg"] for r in steps], [r[name] for r in steps], lw=1.2)
+        axis.set_title(name)
+        if min(r[name] for r in steps) > 0:
+            axis.set_yscale("log")
+    flat[0].plot([r["nimg"] for r in held], [r["held_out_psnr"] for r in held], "o-", label="ours (EMA)")
+    for style, (label, level) in zip(("--", "-.", ":"), levels.items(), strict=False):
+        flat[0].axhline(level, ls=style, c="grey", label=label)
+    flat[0].legend(fontsize=7)
+    flat[0].set_title("held-out PSNR, dB")
+    for axis in flat[1 + len(names) :]:
+        axis.axis("off")
+    for axis in flat[: 1 + len(names)]:
+        axis.set_xlabel("images")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _mean(values: Tensor) -> float:
+    return float(torch.as_tensor(values, dtype=torch.float64).nanmean())
+
+
+def write_report(
+    folder: Path, *, config: str, ae: AutoEncoder, crops: Tensor, ours: Tensor, code: LinearCode, held_out: Pictures
+) -> float:
+    """Writes folder/samples/*.png, folder/results.json and folder/report.html; returns the held-out PSNR in dB.
+
+    crops, ours: held-out crops and their reconstructions, uint8 [N, 3, R, R].
+    """
+    samples = folder / "samples"
+    others = yardsticks(ae, crops, code)
+    size = ae.cfg.z_channels * (crops.shape[-1] // ae.cfg.downsample) ** 2
+    rows = {"ours (EMA)": (size, ours), **others}
+    table = {
+        label: {"numbers_per_crop": n, "psnr_db": _mean(psnr(crops, y)), "ssim": _mean(ssim(crops, y))}
+        for label, (n, y) in rows.items()
+    }
+    records = read_log(folder / "log.jsonl")
+    linear = others[list(others)[-1]][1]
+    save_png(samples / "reconstructions.png", reconstruction_grid(crops, ours, linear))
+    for index, picture in enumerate(whole_pictures(ae, held_out, code)):
+        for label, image in picture.items():
+            save_png(samples / f"held_out_{index}_{label.replace(' ', '_')}.png", image)
+    plot_curves(records, samples / "losses.png", {k: v["psnr_db"] for k, v in list(table.items())[1:]})
+    last = next((r for r in reversed(records) if "loss" in r), {})
+    save_json(folder / "results.json", {"held_out": table, "crops": len(crops), "last": last})
+    (folder / "report.html").write_text(_page(folder, config, table, len(crops), crops.shape[-1], last))
+    return table["ours (EMA)"]["psnr_db"]
+
+
+def _picture(path: Path, caption: str, width: str = "100%") -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    caption = html.escape(caption)
+    return (
+        f'<figure style="width:{width}"><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _page(folder: Path, config: str, table: dict, num_crops: int, side: int, last: dict) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(label)}</td><td>{row['numbers_per_crop']}</td><td>{row['psnr_db']:.2f}</td>"
+        f"<td>{row['ssim']:.4f}</td></tr>"
+        for label, row in table.items()
+    )
+    samples = folder / "samples"
+    whole = ""
+    for index in range(WHOLE_PICTURES):
+        paths = sorted(samples.glob(f"held_out_{index}_*.png"), key=lambda p: _ORDER.index(p.stem.split("_", 3)[3]))
+        whole += "".join(_picture(p, p.stem.split("_", 3)[3].replace("_", " "), "32%") for p in paths)
+    facts = ", ".join(f"{k} {v:.4g}" for k, v in last.items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(folder.name)}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
+img {{ width: 100%; image-rendering: auto }}
+figure {{ display: inline-block; margin: 0 0.5% 1em 0; vertical-align: top }}
+figcaption {{ color: #666; font-size: 13px }}
+table {{ border-collapse: collapse }} td, th {{ padding: 0.2em 1em; border-bottom: 1px solid #ddd; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }}
+pre {{ background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px }}
+</style></head><body>
+<h1>{html.escape(folder.name)}</h1>
+<h2>Held-out reconstruction</h2>
+<p>{num_crops} crops of {side} pixels from pictures that training never sees; means of per-crop figures on 8-bit values.
+A code's size is the count of numbers it keeps of a crop of {3 * side * side}. PCA is fitted on the training pictures.</p>
+<table><tr><th>code</th><th>numbers a crop</th><th>PSNR, dB</th><th>SSIM</th></tr>{rows}</table>
+{_picture(samples / "reconstructions.png", "rows: original, ours, 5x error of ours, PCA, 5x error of PCA")}
+<h2>Held-out pictures, and the latent's three main components as colours</h2>
+{whole}
+<h2>Training</h2>
+{_picture(samples / "losses.png", "each loss term by name, unweighted, and held-out PSNR against images seen")}
+<p>Last logged: {html.escape(facts)}</p>
+<h2>Config</h2><pre>{html.escape(config)}</pre>
+</body></html>
+"""
+
+
+_ORDER = ["original", "ours", "PCA", "5x_error", "raw_latent", "normalised_latent"]
