@@ -37,7 +37,7 @@ class AutoencoderConfig:
     sides. attn_levels: levels with attention after each residual block (the middle always has one block).
     latent_norm: "batchnorm" (per-channel running statistics of the patchified latent), "affine" ((z - shift) * scale)
     or "stats" (stored per-channel mean and std). shortcut: "patch" adds a trainable linear space-to-channel path beside
-    encoder and decoder (the residual autoencoding of DC-AE, arXiv:2410.10733); "none" is every published shape.
+    encoder and decoder (after the residual autoencoding of DC-AE, arXiv:2410.10733); "none" is every published shape.
     """
 
     z_channels: int
@@ -198,6 +198,28 @@ def _run_level(level: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
+class PatchShortcut(nn.Conv2d):
+    """Pixels [N, 3, H, W] -> [N, z, H/f, W/f], linear: f x f space-to-channel, then conv3x3 over the blocks."""
+
+    def __init__(self, cfg: AutoencoderConfig) -> None:
+        super().__init__(3 * cfg.downsample**2, cfg.z_channels, 3, padding=1)
+        self.block = cfg.downsample
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pixel_unshuffle(input, self.block))
+
+
+class PatchShortcutTransposed(nn.Conv2d):
+    """Raw latents [N, z, h, w] -> pixels [N, 3, fh, fw], linear: conv3x3, then f x f channel-to-space."""
+
+    def __init__(self, cfg: AutoencoderConfig) -> None:
+        super().__init__(cfg.z_channels, 3 * cfg.downsample**2, 3, padding=1)
+        self.block = cfg.downsample
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.pixel_shuffle(super().forward(input), self.block)
+
+
 class Encoder(nn.Module):
     """Pixels [N, 3, H, W] -> moments [N, 2z, H/f, W/f]; the 1x1 quant_conv included."""
 
@@ -219,7 +241,7 @@ class Encoder(nn.Module):
         if cfg.quant_conv:
             self.quant_conv = nn.Conv2d(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
         if cfg.shortcut == "patch":
-            self.shortcut = nn.Conv2d(3, cfg.z_channels, cfg.downsample, stride=cfg.downsample)
+            self.shortcut = PatchShortcut(cfg)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -259,7 +281,7 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(cfg.num_groups, width, NORM_EPS)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
         if cfg.shortcut == "patch":
-            self.shortcut = nn.ConvTranspose2d(cfg.z_channels, 3, cfg.downsample, stride=cfg.downsample)
+            self.shortcut = PatchShortcutTransposed(cfg)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z

@@ -66,11 +66,14 @@ def warm_start(ae: AutoEncoder, code: LinearCode) -> None:
         )
     scale = code.std.clamp(min=1e-3).sqrt()[:, None]  # [k, 1]
     into, out = code.components / scale, code.components * scale
-    ae.encoder.shortcut.weight.copy_(into.view(z, 3, f, f))
     mean_block = code.mean.repeat_interleave(f * f)
-    ae.encoder.shortcut.bias.copy_(-(into @ mean_block))
-    ae.decoder.shortcut.weight.copy_(out.view(z, 3, f, f))
-    ae.decoder.shortcut.bias.copy_(code.mean)
+    for conv, weight, bias in (
+        (ae.encoder.shortcut, into, -(into @ mean_block)),
+        (ae.decoder.shortcut, out.T, mean_block),
+    ):
+        conv.weight.zero_()
+        conv.weight[:, :, 1, 1] = weight  # the centre of 3x3: neighbouring blocks come in with training
+        conv.bias.copy_(bias)
     for last in (ae.encoder.conv_out, ae.decoder.conv_out):
         torch.nn.init.zeros_(last.weight)
         torch.nn.init.zeros_(last.bias)
