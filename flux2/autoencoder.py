@@ -385,18 +385,17 @@ class AutoEncoder(nn.Module):
         z = posterior.sample(noise) if sample else posterior.mode()
         return self.decode_raw(z), posterior
 
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """Pixels [N, 3, H, W] of any size -> reconstruction of the same size, clamped to [-1, 1].
-
-        Sides are padded by reflection on the right and below to the next multiple, and the result is cropped back.
-        """
+    def pad(self, x: Tensor) -> Tensor:
+        """Pixels [N, 3, H, W] of any size -> sides continued by reflection, right and below, to the next multiple."""
         if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
             raise ValueError(f"pixels: expected [N, 3, H, W] with no empty side, got {list(x.shape)}")
-        height, width = x.shape[2:]
-        rows, cols = (_reflected_index(side, self.cfg.multiple, x.device) for side in (height, width))
-        padded = x[:, :, rows][:, :, :, cols]
-        return self.decode(self.encode(padded))[:, :, :height, :width].clamp(-1, 1)
+        rows, columns = (_reflected_index(side, self.cfg.multiple, x.device) for side in x.shape[2:])
+        return x[:, :, rows][:, :, :, columns]
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Pixels [N, 3, H, W] of any size -> reconstruction of the same size, clamped to [-1, 1]; `pad`, then cropped."""
+        return self.decode(self.encode(self.pad(x)))[:, :, : x.shape[2], : x.shape[3]].clamp(-1, 1)
 
 
 def _reflected_index(side: int, multiple: int, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flux2.images import find_images, load_image, to_pixels
+from flux2.images import find_images, from_uint8, load_image
 from kernels.philox import uniform
 
 TRAINING_PHOTOGRAPHS = (
@@ -212,9 +212,5 @@ def training_pixels(dataset: CropBatches, num_images: int) -> Tensor:
     They are those of steps 2^31 and on, which training never reaches: fitting on them costs no training sample.
     """
     steps = range(2**31, 2**31 + math.ceil(num_images / dataset.batch))
-    return to_pixels_nchw(torch.cat([dataset[s] for s in steps]))
+    return from_uint8(torch.cat([dataset[s] for s in steps]))
 
-
-def to_pixels_nchw(batch: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] -> fp32 pixels in [-1, 1]: x / 127.5 - 1, as flux2.images.to_pixels does for [H, W, 3]."""
-    return batch.float() / 127.5 - 1.0

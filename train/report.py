@@ -14,10 +14,10 @@ from torch import Tensor
 
 from flux2.autoencoder import AutoEncoder
 from flux2.checkpoints import save_json
-from flux2.images import error_image, save_png, tile, to_uint8
+from flux2.images import error_image, from_uint8, save_png, tile, to_array, to_uint8
 from flux2.linear_code import LinearCode
 from flux2.metrics import psnr, ssim
-from train.data import Pictures, to_pixels_nchw
+from train.data import Pictures
 from train.loop import read_log
 
 GRID_CROPS = 8
@@ -41,19 +41,15 @@ def yardsticks(ae: AutoEncoder, crops: Tensor, code: LinearCode) -> dict[str, tu
         "bicubic at equal code size": (3 * equal**2, bicubic(crops, equal)),
         f"PCA of {f}x{f} blocks, {len(code.components)} components": (
             len(code.components) * (side // f) ** 2,
-            to_uint8(code.reconstruct(to_pixels_nchw(crops))),
+            to_uint8(code.reconstruct(from_uint8(crops))),
         ),
     }
-
-
-def _hwc(x: Tensor) -> np.ndarray:
-    return x.permute(1, 2, 0).contiguous().numpy()
 
 
 def reconstruction_grid(crops: Tensor, ours: Tensor, linear: Tensor) -> np.ndarray:
     """Rows: original, ours, 5x error, PCA, 5x error; columns: crops spread over the set. uint8 [H, W, 3], 2x size."""
     chosen = torch.linspace(0, len(crops) - 1, min(GRID_CROPS, len(crops))).round().long().tolist()
-    a, b, c = ([_hwc(t[i]) for i in chosen] for t in (crops, ours, linear))
+    a, b, c = ([to_array(t[i]) for i in chosen] for t in (crops, ours, linear))
     rows = [a, b, [error_image(x, y) for x, y in zip(a, b, strict=True)]]
     rows += [c, [error_image(x, y) for x, y in zip(a, c, strict=True)]]
     grid = tile([image for row in rows for image in row], columns=len(chosen))
@@ -84,10 +80,10 @@ def whole_pictures(ae: AutoEncoder, pictures: Pictures, code: LinearCode) -> lis
         if not height or not width:
             continue
         image = image[:, :, :height, :width]
-        x = to_pixels_nchw(image)
+        x = from_uint8(image)
         z = ae.encode(x.to(device))
-        ours, linear = (_hwc(to_uint8(y)[0].cpu()) for y in (ae.decode(z), code.reconstruct(x)))
-        original = _hwc(image[0])
+        ours, linear = (to_array(to_uint8(y)[0].cpu()) for y in (ae.decode(z), code.reconstruct(x)))
+        original = to_array(image[0])
         latent = latent_rgb(z[0].float().cpu())
         raw = latent_rgb(ae.denormalise(z)[0].float().cpu())
         enlarge = [np.repeat(np.repeat(r, height // r.shape[0], 0), width // r.shape[1], 1) for r in (raw, latent)]

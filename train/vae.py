@@ -17,7 +17,7 @@ from flux2.alignment import TEACHERS, AlignmentHead
 from flux2.autoencoder import AutoEncoder
 from flux2.checkpoints import save_json
 from flux2.ema import EMA
-from flux2.images import to_uint8
+from flux2.images import from_uint8, to_uint8
 from flux2.latents import fit_latent_statistics, patchify
 from flux2.linear_code import LinearCode, fit_linear_code, warm_start
 from flux2.losses import cosine_alignment, l1, laplacian_loss
@@ -32,7 +32,6 @@ from train.data import (
     batches,
     held_out_crops,
     open_pictures,
-    to_pixels_nchw,
     training_pixels,
 )
 from train.loop import (
@@ -113,7 +112,7 @@ class VaeTrainer:
     def step(self, step: int, batch: Tensor) -> dict[str, Tensor]:
         """One update on uint8 [N, 3, R, R]: detached scalars, each term by name, "loss" and "grad_norm"."""
         config = self.config
-        x = to_pixels_nchw(batch.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+        x = from_uint8(batch.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         factor = cosine_lr(step, steps=config.steps, warmup=config.warmup, final=config.final_lr)
         for group in self.optimiser.param_groups:
             group["lr"] = config.lr * factor * group["rate"]
@@ -144,7 +143,7 @@ class VaeTrainer:
 def reconstruct_uint8(ae: AutoEncoder, images: Tensor, *, batch: int = 32) -> Tensor:
     """uint8 [N, 3, H, W] of any size -> reconstructions, uint8 of the same shape, on the CPU; in the weights' dtype."""
     device = next(ae.parameters()).device
-    parts = [to_uint8(ae.reconstruct(to_pixels_nchw(part.to(device)))).cpu() for part in images.split(batch)]
+    parts = [to_uint8(ae.reconstruct(from_uint8(part.to(device)))).cpu() for part in images.split(batch)]
     return torch.cat(parts)
 
 

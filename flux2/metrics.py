@@ -1,0 +1,44 @@
+"""Quality of reconstructions, per picture, on 8-bit values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _check(a: Tensor, b: Tensor) -> None:
+    for name, x in (("first", a), ("second", b)):
+        if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"{name} argument: expected uint8 [N, 3, H, W], got {x.dtype} {list(x.shape)}")
+    if a.shape != b.shape:
+        raise ValueError(f"expected equal shapes, got {list(a.shape)} and {list(b.shape)}")
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each pair, 10 log10(255^2 / MSE): uint8 [N, 3, H, W] twice -> fp64 [N].
+
+    inf where a pair is equal. Means over pictures are means of these, not of the MSE.
+    """
+    _check(a, b)
+    mse = (a.double() - b.double()).square().flatten(1).mean(1)
+    return 10.0 * torch.log10(255.0**2 / mse)
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of each pair (Wang et al. 2004): uint8 [N, 3, H, W] twice -> fp64 [N].
+
+    scikit-image's, with the paper's Gaussian window (sigma 1.5, 11 pixels) and population covariance, mean over channels.
+    nan where a side is shorter than the window.
+    """
+    from skimage.metrics import structural_similarity
+
+    _check(a, b)
+    if min(a.shape[-2:]) < 11:
+        return torch.full((len(a),), float("nan"), dtype=torch.float64)
+    values = [
+        structural_similarity(
+            x, y, channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+        for x, y in zip(a.numpy(), b.numpy(), strict=True)
+    ]
+    return torch.tensor(values, dtype=torch.float64)
