@@ -202,7 +202,7 @@ class PatchShortcut(nn.Conv2d):
     """Pixels [N, 3, H, W] -> [N, z, H/f, W/f], linear: f x f space-to-channel, then conv3x3 over the blocks."""
 
     def __init__(self, cfg: AutoencoderConfig) -> None:
-        super().__init__(3 * cfg.downsample**2, cfg.z_channels, 3, padding=1)
+        super().__init__(3 * cfg.downsample**2, cfg.z_channels, 3, padding=1, padding_mode="replicate")
         self.block = cfg.downsample
 
     def forward(self, input: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class PatchShortcutTransposed(nn.Conv2d):
     """Raw latents [N, z, h, w] -> pixels [N, 3, fh, fw], linear: conv3x3, then f x f channel-to-space."""
 
     def __init__(self, cfg: AutoencoderConfig) -> None:
-        super().__init__(cfg.z_channels, 3 * cfg.downsample**2, 3, padding=1)
+        super().__init__(cfg.z_channels, 3 * cfg.downsample**2, 3, padding=1, padding_mode="replicate")
         self.block = cfg.downsample
 
     def forward(self, input: Tensor) -> Tensor:
@@ -307,7 +307,7 @@ class AutoEncoder(nn.Module):
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
         if cfg.latent_norm == "batchnorm":
-            self.bn = nn.BatchNorm2d(cfg.latent_channels, eps=BN_EPS, momentum=BN_MOMENTUM, affine=False)
+            self.bn = nn.BatchNorm2d(cfg.latent_channels, eps=BN_EPS, momentum=BN_MOMENTUM, affine=False).eval()
         elif cfg.latent_norm == "stats":
             self.register_buffer("latent_mean", torch.zeros(cfg.latent_channels))
             self.register_buffer("latent_std", torch.ones(cfg.latent_channels))

@@ -281,8 +281,8 @@ def _config_from_diffusers(config: Mapping[str, Any], tensors: Mapping[str, Tens
     else:
         row = next((AUTOENCODERS[name] for name in AUTOENCODERS if _same_network(name, fields)), None)
         latent = {"patch": row.patch if row else 2}
-        if config.get("latents_mean") is not None:
-            latent["latent_norm"] = "stats"
+        if (means := config.get("latents_mean")) is not None:
+            latent = {"latent_norm": "stats", "patch": math.isqrt(len(means) // fields["z_channels"])}
         else:
             latent |= {"scale": config.get("scaling_factor", 1.0), "shift": config.get("shift_factor") or 0.0}
     return AutoencoderConfig(**fields, **latent, num_groups=config.get("norm_num_groups", 32))
