@@ -22,12 +22,15 @@ class LinearCode:
     std: Tensor
     block: int
 
+    def encode(self, x: Tensor) -> Tensor:
+        """Pixels [N, 3, H, W], sides multiples of the block -> code [N, k, H/f, W/f]."""
+        blocks = F.pixel_unshuffle(x - self.mean.view(1, 3, 1, 1), self.block)
+        return torch.einsum("kd,ndhw->nkhw", self.components, blocks)
+
     def reconstruct(self, x: Tensor) -> Tensor:
         """Pixels [N, 3, H, W], sides multiples of the block -> their projection on the code, clamped to [-1, 1]."""
-        mean = self.mean.view(1, 3, 1, 1)
-        code = torch.einsum("kd,ndhw->nkhw", self.components, F.pixel_unshuffle(x - mean, self.block))
-        blocks = torch.einsum("kd,nkhw->ndhw", self.components, code)
-        return (F.pixel_shuffle(blocks, self.block) + mean).clamp(-1, 1)
+        blocks = torch.einsum("kd,nkhw->ndhw", self.components, self.encode(x))
+        return (F.pixel_shuffle(blocks, self.block) + self.mean.view(1, 3, 1, 1)).clamp(-1, 1)
 
 
 def fit_linear_code(x: Tensor, *, num_components: int, block: int) -> LinearCode:
@@ -50,12 +53,31 @@ def fit_linear_code(x: Tensor, *, num_components: int, block: int) -> LinearCode
     return LinearCode(vectors.float(), mean.float(), std.float(), block)
 
 
-@torch.no_grad()
-def warm_start(ae: AutoEncoder, code: LinearCode) -> None:
-    """Sets an autoencoder with shortcut="patch" to compute exactly `code`: its networks start by adding zero.
+def fit_context_decoder(code: LinearCode, x: Tensor) -> Tensor:
+    """Least-squares conv3x3 from the code of pixels x [N, 3, H, W] to their blocks: fp32 [3 f^2, k, 3, 3].
 
-    Component i is divided by std_i^(1/2) on the way in: half-way between an orthonormal code, whose latents differ 50-fold
-    in size, and a whitened one, whose weights do. ValueError if the shapes do not fit.
+    Neighbouring codes say what a block's own leaves out; the code is continued past the border by its edge.
+    """
+    k, size = code.components.shape
+    normal = torch.zeros(9 * k, 9 * k, dtype=torch.float64)
+    right = torch.zeros(9 * k, size, dtype=torch.float64)
+    for part in x.split(256):
+        around = F.unfold(F.pad(code.encode(part), (1, 1, 1, 1), mode="replicate"), 3)  # [n, 9 k, h w]
+        blocks = F.pixel_unshuffle(part - code.mean.view(1, 3, 1, 1), code.block).flatten(2)
+        around, blocks = (t.transpose(0, 1).flatten(1).double() for t in (around, blocks))
+        normal += around @ around.T
+        right += around @ blocks.T
+    ridge = 1e-6 * normal.diagonal().mean() * torch.eye(9 * k, dtype=torch.float64)
+    return torch.linalg.solve(normal + ridge, right).T.float().view(size, k, 3, 3)
+
+
+@torch.no_grad()
+def warm_start(ae: AutoEncoder, code: LinearCode, decoder: Tensor) -> None:
+    """Sets an autoencoder with shortcut="patch" to compute exactly a linear code; its networks start by adding zero.
+
+    decoder: conv3x3 [3 f^2, k, 3, 3] from the code to blocks, as `fit_context_decoder` gives. Component i is divided by
+    std_i^(1/2) on the way in: half-way between an orthonormal code, whose latents differ 50-fold in size, and a whitened
+    one, whose weights do. ValueError if the shapes do not fit.
     """
     if ae.cfg.shortcut != "patch":
         raise ValueError(f"warm start needs shortcut='patch', got {ae.cfg.shortcut!r}")
@@ -64,16 +86,14 @@ def warm_start(ae: AutoEncoder, code: LinearCode) -> None:
         raise ValueError(
             f"warm start: expected {z} components of {f}x{f} blocks, got {len(code.components)} of {code.block}x{code.block}"
         )
-    scale = code.std.clamp(min=1e-3).sqrt()[:, None]  # [k, 1]
-    into, out = code.components / scale, code.components * scale
+    scale = code.std.clamp(min=1e-3).sqrt()
     mean_block = code.mean.repeat_interleave(f * f)
-    for conv, weight, bias in (
-        (ae.encoder.shortcut, into, -(into @ mean_block)),
-        (ae.decoder.shortcut, out.T, mean_block),
-    ):
-        conv.weight.zero_()
-        conv.weight[:, :, 1, 1] = weight  # the centre of 3x3: neighbouring blocks come in with training
-        conv.bias.copy_(bias)
+    into = code.components / scale[:, None]
+    ae.encoder.shortcut.weight.zero_()
+    ae.encoder.shortcut.weight[:, :, 1, 1] = into
+    ae.encoder.shortcut.bias.copy_(-(into @ mean_block))
+    ae.decoder.shortcut.weight.copy_(decoder * scale.view(1, z, 1, 1))
+    ae.decoder.shortcut.bias.copy_(mean_block)
     for last in (ae.encoder.conv_out, ae.decoder.conv_out):
         torch.nn.init.zeros_(last.weight)
         torch.nn.init.zeros_(last.bias)

@@ -199,20 +199,27 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimiser_tensors`, into an optimiser over the same parameters in the same order."""
+    """Inverse of `optimiser_tensors`, into an optimiser over the same parameters in the same order.
+
+    Moments get their parameter's memory format: the fused update walks both as they lie in memory.
+    """
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[key] = value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
 class Log:
-    """One JSON object a line in `path`; lines of steps at or after the resumed one are dropped."""
+    """One JSON object a line in `path`. Lines after the step a run goes on from (0: all) are dropped: they come again."""
 
     def __init__(self, path: Path, *, start: int) -> None:
         self.path = path
-        kept = [line for line in read_log(path) if line["step"] < start]
+        kept = [line for line in read_log(path) if start and line["step"] <= start]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)

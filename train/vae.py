@@ -19,7 +19,7 @@ from flux2.checkpoints import save_json
 from flux2.ema import EMA
 from flux2.images import from_uint8, to_uint8
 from flux2.latents import fit_latent_statistics, patchify
-from flux2.linear_code import LinearCode, fit_linear_code, warm_start
+from flux2.linear_code import LinearCode, fit_context_decoder, fit_linear_code, warm_start
 from flux2.losses import cosine_alignment, l1, laplacian_loss
 from flux2.metrics import psnr
 from kernels.philox import normal
@@ -82,9 +82,9 @@ class VaeTrainer:
         decay = self.config.weight_decay
         return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, weight_decay=decay, fused=True)
 
-    def start_from(self, code: LinearCode) -> None:
-        """Warm start of model and average; before the first step."""
-        warm_start(self.ae, code)
+    def start_from(self, code: LinearCode, x: Tensor) -> None:
+        """Warm start of model and average from a code fitted on pixels x; before the first step."""
+        warm_start(self.ae, code, fit_context_decoder(code, x))
         self.ema = EMA(self.ae, self.config.ema_decay)
 
     def losses(self, x: Tensor, tokens: Tensor | None, noise: Tensor | None) -> dict[str, Tensor]:
@@ -154,12 +154,12 @@ def plain_crops(config: VaeConfig, pictures: Pictures) -> CropBatches:
     )
 
 
-def fit_code(config: VaeConfig, crops: CropBatches) -> LinearCode:
-    """The best linear code of the autoencoder's size on `crops`."""
+def fit_code(config: VaeConfig, crops: CropBatches) -> tuple[LinearCode, Tensor]:
+    """The best linear code of the autoencoder's size, and the pixels of `crops` it was fitted on."""
     x = training_pixels(crops, FITTED_PIXELS // config.resolution**2)
     shape = config.autoencoder
     components = min(shape.z_channels, 3 * shape.downsample**2)
-    return fit_linear_code(x, num_components=components, block=shape.downsample)
+    return fit_linear_code(x, num_components=components, block=shape.downsample), x
 
 
 def usable_compiler(device: torch.device) -> bool:
@@ -215,7 +215,7 @@ def train(config: VaeConfig, run: RunOptions) -> int:
     if tensors:
         trainer.load(tensors)
     elif config.warm_start == "pca":
-        trainer.start_from(fit_code(config, dataset))
+        trainer.start_from(*fit_code(config, dataset))
     parameters = sum(p.numel() for p in trainer.ae.parameters())
     print(f"{parameters:,} parameters; " + ("compiling, then training" if run.compile else "training"), flush=True)
 
@@ -224,13 +224,18 @@ def train(config: VaeConfig, run: RunOptions) -> int:
     save_every = run.save_every or min(1000, -(-config.steps // 4))
     log = Log(folder / "log.jsonl", start=start)
 
-    def save(step: int) -> None:
-        fit_latent_statistics_of(trainer.ema.model, dataset)
+    def evaluate(step: int) -> None:
         quality = psnr(crops, reconstruct_uint8(trainer.ema.model, crops)).mean().item()
         log.write({"step": step, "nimg": step * config.batch, "held_out_psnr": quality})
+
+    def save(step: int) -> None:
+        fit_latent_statistics_of(trainer.ema.model, dataset)
+        evaluate(step)
         plain = {"format": "flux2-tokenizer", "autoencoder": to_dict(config)["autoencoder"]}
         checkpoints.save(step, trainer.tensors(), {**plain, "train": to_dict(config), "step": step})
 
+    if not start:
+        evaluate(0)
     began, done = time.monotonic(), start
     with Interrupt() as interrupt:
         progress = Progress(start=start, steps=config.steps, batch=config.batch, device=device)
@@ -258,7 +263,7 @@ def train(config: VaeConfig, run: RunOptions) -> int:
 
     print(f"trained {done - start} steps in {time.monotonic() - began:.0f} s; writing the report", flush=True)
     ours = reconstruct_uint8(trainer.ema.model, crops)
-    code = fit_code(config, plain_crops(config, pictures))
+    code, _ = fit_code(config, plain_crops(config, pictures))
     quality = write_report(folder, config=text, ae=trainer.ema.model, crops=crops, ours=ours, code=code, held_out=held_out)
     print(f"report: {folder / 'report.html'}")
     print(f"held-out PSNR {quality:.2f} dB (EMA, {len(crops)} crops)")

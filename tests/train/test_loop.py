@@ -1,0 +1,143 @@
+"""Checkpoints, logs, schedules and folders of a run."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from train.loop import (
+    Checkpoints,
+    Interrupt,
+    Log,
+    choose_device,
+    choose_precision,
+    cosine_lr,
+    latest_run_folder,
+    load_optimiser_tensors,
+    new_run_folder,
+    optimiser_tensors,
+    parameters_by_rate,
+    read_log,
+)
+
+
+def test_schedule_warms_up_and_ends_at_the_floor():
+    rates = [cosine_lr(s, steps=100, warmup=10, final=0.1) for s in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5) and rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert cosine_lr(0, steps=10, warmup=0, final=0.1) == 1.0
+
+
+def test_checkpoints_keep_the_last_and_are_complete(tmp_path):
+    store = Checkpoints(tmp_path / "c", keep=2)
+    assert store.steps() == []
+    for step in (5, 10, 15):
+        store.save(step, {"model": {"w": torch.full((2,), float(step))}}, {"step": step})
+    assert store.steps() == [10, 15]
+    (tmp_path / "c" / "step_00000020").mkdir()  # no config.json: not a checkpoint
+    assert store.steps() == [10, 15]
+    tensors, config = store.load(15)
+    assert tensors["model"]["w"].tolist() == [15, 15] and config == {"step": 15}
+
+
+def test_a_save_that_fails_leaves_the_older_ones(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path, keep=1)
+    store.save(1, {"model": {"w": torch.zeros(1)}}, {})
+
+    def full(path, group):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.loop.save_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.save(2, {"model": {"w": torch.ones(1)}}, {})
+    assert store.steps() == [1] and [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path):
+    (tmp_path / ".tmp-1-step_00000003").mkdir()
+    Checkpoints(tmp_path, keep=1).save(4, {}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000004"]
+
+
+def test_optimiser_state_round_trips_bit_for_bit():
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 2, 1))
+        model.to(memory_format=torch.channels_last)  # moments come back contiguous from a file
+        groups = [{"params": list(model[0].parameters()), "rate": 0.5}, {"params": list(model[1].parameters())}]
+        return model, torch.optim.AdamW(groups, lr=0.1, fused=True)
+
+    def update(model, optimiser):
+        model(torch.arange(75.0).view(1, 3, 5, 5).sin()).square().sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    model, optimiser = make()
+    update(model, optimiser)
+    saved, weights = optimiser_tensors(optimiser), {k: v.clone() for k, v in model.state_dict().items()}
+    saved = {k: v.clone(memory_format=torch.contiguous_format) for k, v in saved.items()}
+    update(model, optimiser)
+    other, fresh = make()
+    other.load_state_dict(weights)
+    load_optimiser_tensors(fresh, saved)
+    update(other, fresh)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert fresh.param_groups[0]["rate"] == 0.5
+
+
+def test_log_drops_what_comes_again_and_survives_a_cut_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = Log(path, start=0)
+    for step in (0, 10, 20):
+        log.write({"step": step})
+    with path.open("a") as file:
+        file.write('{"step": 3')
+    assert [r["step"] for r in read_log(path)] == [0, 10, 20]
+    Log(path, start=10).write({"step": 20, "again": True})
+    assert read_log(path) == [{"step": 0}, {"step": 10}, {"step": 20, "again": True}]
+
+
+def test_run_folders_are_numbered(tmp_path):
+    assert new_run_folder(tmp_path, "", "photos") == latest_run_folder(tmp_path, "", "photos") == tmp_path / "photos"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos-2").mkdir()
+    assert new_run_folder(tmp_path, "", "photos").name == "photos-3"
+    assert latest_run_folder(tmp_path, "", "photos").name == "photos-2"
+    with pytest.raises(ValueError, match="exists: choose another --name, or continue that run with --resume auto"):
+        new_run_folder(tmp_path, "photos", "x")
+    assert latest_run_folder(tmp_path, "photos", "x").name == "photos"
+
+
+def test_first_signal_is_a_flag_and_the_second_acts(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt() as interrupt:
+        assert not interrupt.signal
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "SIGTERM" in capsys.readouterr().out
+
+
+def test_device_and_precision():
+    assert choose_precision("fp32", torch.device("cpu")) == "fp32"
+    assert choose_precision("auto", torch.device("cpu")) in ("bf16", "fp32")
+    with pytest.raises(ValueError, match="device: expected one this machine has, got 'tpu'"):
+        choose_device("tpu")
+
+
+def test_parameters_are_split_by_module_name():
+    model = torch.nn.ModuleDict({"shortcut": torch.nn.Linear(1, 1), "shortcuts": torch.nn.Linear(2, 2)})
+    groups = dict(parameters_by_rate(model, "shortcut"))
+    assert [p.numel() for p in groups[True]] == [1, 1] and [p.numel() for p in groups[False]] == [4, 2]
+    assert list(dict(parameters_by_rate(model["shortcuts"], "shortcut"))) == [False]
+
+
+def test_checkpoint_config_is_plain_json(tmp_path):
+    Checkpoints(tmp_path, keep=1).save(1, {}, {"format": "flux2-tokenizer"})
+    assert json.loads((tmp_path / "step_00000001" / "config.json").read_text())["format"] == "flux2-tokenizer"

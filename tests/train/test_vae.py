@@ -1,0 +1,254 @@
+"""The program end to end at toy size: what it writes, exact resume, interruption, and its errors."""
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from flux2 import load_autoencoder
+from flux2.checkpoints import load_tensors
+from flux2.latents import patchify
+from train import vae
+from train.configs import VAE_PRESETS, parse_vae
+from train.data import CropBatches, embedded_photographs
+from train.loop import Checkpoints, read_log
+from train.vae import VaeTrainer, check_finite, main
+
+TOY = ["--autoencoder.ch", "8", "--autoencoder.decoder-ch", "8", "--autoencoder.ch-mult", "1", "1", "1", "1"]
+TOY += ["--autoencoder.num-groups", "4", "--batch", "2", "--resolution", "32", "--precision", "fp32", "--warmup", "2"]
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def small_fits(monkeypatch):
+    """PCA and latent statistics on few pixels: the toy runs are about what happens, not how well."""
+    monkeypatch.setattr(vae, "FITTED_PIXELS", 16 * 64 * 64)
+    monkeypatch.setattr(vae, "HELD_OUT_CROPS", 16)
+
+
+def run(out, *flags):
+    return main([*TOY, "--out", str(out), *flags])
+
+
+def weights(folder):
+    step = Checkpoints(folder / "checkpoints", keep=9).steps()[-1]
+    return {p.name: load_tensors(p)[0] for p in Checkpoints(folder / "checkpoints", keep=9).path(step).glob("*.safetensors")}
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys() and {"model.safetensors", "ema.safetensors", "optimiser.safetensors"} <= a.keys()
+    for name in a:
+        assert a[name].keys() == b[name].keys()
+        assert all(torch.equal(v, b[name][k]) for k, v in a[name].items()), name
+
+
+def test_a_run_writes_everything(tmp_path, capsys):
+    assert run(tmp_path, "--steps", "6", "--name", "x", "--save-every", "3") == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert re.fullmatch(r"held-out PSNR \d+\.\d\d dB \(EMA, 16 crops\)", last)
+    folder = tmp_path / "x"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["steps"] == 6 and config["autoencoder"]["ch"] == 8 and config["precision"] == "fp32"
+    env = json.loads((folder / "env.json").read_text())
+    assert env["packages"]["torch"] == torch.__version__ and {"commit", "processor", "gpu", "threads"} <= env.keys()
+    records = read_log(folder / "log.jsonl")
+    losses = [r for r in records if "loss" in r]
+    assert {"l1", "laplacian", "kl", "align", "grad_norm", "lr", "images_per_second", "peak_memory_bytes"} <= losses[-1].keys()
+    assert losses[-1]["step"] == 6 and losses[-1]["nimg"] == 12
+    assert [r["step"] for r in records if "held_out_psnr" in r] == [0, 3, 6]
+    assert float(last.split()[2]) == pytest.approx(records[-1]["held_out_psnr"], abs=0.006)
+    assert Checkpoints(folder / "checkpoints", keep=9).steps() == [3, 6]
+    samples = {p.name for p in (folder / "samples").iterdir()}
+    assert {"reconstructions.png", "losses.png", "held_out_0_ours.png", "held_out_1_normalised_latent.png"} <= samples
+    for name in samples:
+        picture = np.asarray(Image.open(folder / "samples" / name))
+        assert picture.std() > 1, name  # something is drawn
+    page = (folder / "report.html").read_text()
+    sources = re.findall(r'src="([^"]{0,30})', page)
+    assert len(sources) == len(samples) and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert "http" not in page  # opens without a network
+    results = json.loads((folder / "results.json").read_text())["held_out"]
+    assert [label.split(",")[0] for label in results] == [
+        "ours (EMA)",
+        "bicubic",
+        "bicubic at equal code size",
+        "PCA of 8x8 blocks",
+    ]
+    assert f"{results['ours (EMA)']['psnr_db']:.2f}" == last.split()[2]
+
+
+def test_the_result_loads_and_its_latents_are_normalised(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "FITTED_PIXELS", 512 * 64 * 64)
+    assert run(tmp_path, "--steps", "2", "--name", "x") == 0
+    ae = load_autoencoder(tmp_path / "x")
+    config, _ = parse_vae([*TOY])
+    crops = CropBatches(
+        embedded_photographs()[0], resolution=32, batch=64, augmentation=config.augmentation, seed=123
+    )
+    z = ae.encode(crops[0].float() / 127.5 - 1).transpose(0, 1).flatten(1)
+    assert z.mean(1).abs().mean() < 0.3 and (z.std(1) - 1).abs().mean() < 0.4
+    raw = patchify(ae.posterior(crops[0].float() / 127.5 - 1).mean, 2).transpose(0, 1).flatten(1)
+    assert (raw.std(1) - 1).abs().mean() > 0.4  # it was the statistics that did it
+    assert not any(torch.equal(a, b) for a, b in [(ae.bn.running_var, torch.ones(128))])
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resume_is_bit_exact(tmp_path, workers):
+    flags = ["--steps", "6", "--workers", workers]
+    assert run(tmp_path, *flags, "--name", "whole") == 0
+    assert run(tmp_path, *flags, "--name", "halves", "--stop-after", "3") == 0
+    assert Checkpoints(tmp_path / "halves" / "checkpoints", keep=9).steps()[-1] == 3
+    assert run(tmp_path, *flags, "--name", "halves", "--resume", "auto") == 0
+    assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
+    steps = [r["step"] for r in read_log(tmp_path / "halves" / "log.jsonl") if "loss" in r]
+    assert steps == sorted(set(steps)) and steps[-1] == 6
+
+
+def test_another_seed_is_another_run(tmp_path):
+    run(tmp_path, "--steps", "2", "--name", "a", "--stop-after", "2")
+    run(tmp_path, "--steps", "2", "--name", "b", "--seed", "1", "--stop-after", "2")
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert not torch.equal(a["model.safetensors"]["encoder.mid.block_1.conv1.weight"], b["model.safetensors"]["encoder.mid.block_1.conv1.weight"])
+
+
+def test_resume_refuses_another_config_key_by_key(tmp_path, capsys):
+    run(tmp_path, "--steps", "4", "--name", "x", "--stop-after", "1")
+    assert run(tmp_path, "--steps", "8", "--lr", "0.5", "--name", "x", "--resume", "auto") == 2
+    error = capsys.readouterr().err
+    assert "lr: saved 0.001, now 0.5" in error and "steps: saved 4, now 8" in error and error.count("saved") == 2
+
+
+def test_resume_of_nothing_starts_and_names_are_not_taken_twice(tmp_path, capsys):
+    assert run(tmp_path, "--steps", "1", "--resume", "auto", "--name", "x", "--stop-after", "1") == 0
+    assert run(tmp_path, "--steps", "1", "--name", "x") == 2
+    assert "exists: choose another --name" in capsys.readouterr().err
+    assert run(tmp_path, "--steps", "2", "--stop-after", "1") == 0
+    assert run(tmp_path, "--steps", "2", "--stop-after", "1") == 0
+    assert f"run folder: {tmp_path / 'photos-2'}" in capsys.readouterr().out
+
+
+def test_a_finished_run_resumes_to_its_report(tmp_path, capsys):
+    assert run(tmp_path, "--steps", "2", "--name", "x") == 0
+    first = capsys.readouterr().out.strip().splitlines()[-1]
+    assert run(tmp_path, "--steps", "2", "--name", "x", "--resume", "auto") == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == first
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_saves_and_says_how_to_go_on(tmp_path, number):
+    code = "import train.vae as v; v.FITTED_PIXELS = 65536; v.HELD_OUT_CROPS = 16; raise SystemExit(v.main())"
+    flags = ["--steps", "100000", "--name", "x", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *TOY, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    log = tmp_path / "x" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while len(read_log(log)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, out
+    assert "go on with --resume auto --name x" in out.strip().splitlines()[-1]
+    saved = Checkpoints(tmp_path / "x" / "checkpoints", keep=9).steps()
+    assert len(saved) == 1 and saved[0] >= 10
+    assert load_autoencoder(tmp_path / "x").cfg.ch == 8
+
+
+def test_own_pictures_with_class_folders(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        folder = tmp_path / "pictures" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40 + i, 70, 3), dtype=np.uint8)).save(folder / f"{i}.{('jpg', 'png', 'webp')[i % 3]}")
+    assert run(tmp_path, "--data", str(tmp_path / "pictures"), "--steps", "2", "--name", "x") == 0
+    assert "5 training pictures, 1 held out" in capsys.readouterr().out
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for flags, message in (
+        (["--out", str(tmp_path / "file")], "file"),
+        (["--data", str(tmp_path / "missing")], "no such file or folder"),
+        (["--device", "tpu"], "device: expected one this machine has"),
+    ):
+        assert main([*TOY, "--steps", "1", *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    damaged = tmp_path / "pictures"
+    damaged.mkdir()
+    for i in range(3):
+        (damaged / f"{i}.jpg").write_bytes(b"\xff\xd8\xff damaged")
+    assert run(tmp_path, "--data", str(damaged), "--steps", "1", "--name", "y") == 2
+    assert re.search(r"pictures/\d\.jpg", capsys.readouterr().err)
+
+
+def test_dry_run_counts_and_stops(tmp_path, capsys):
+    assert main(["--preset", "flux.2", "--dry-run", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "84,046,115" in out and "resolution: 256" in out and not list(tmp_path.iterdir())
+    gflop = float(re.search(r"arithmetic +([\d.,]+) GFLOP a crop", out)[1].replace(",", ""))
+    assert gflop == pytest.approx(3 * (620 + 270), rel=0.05)  # 0.62 TFLOP decode, 0.27 encode, backward twice that
+
+
+def test_losses_are_weighted_and_every_term_trains(tmp_path):
+    config = dataclasses.replace(parse_vae([*TOY])[0], l1_weight=2.0, kl_weight=0.5, align_weight=0.25)
+    trainer = VaeTrainer(config, torch.device("cpu"), compiled=False)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    terms = trainer.losses(x, trainer.teacher(x), trainer.noise(0, 2))
+    expected = 2 * terms["l1"] + terms["laplacian"] + 0.5 * terms["kl"] + 0.25 * terms["align"]
+    torch.testing.assert_close(terms["loss"], expected)
+    before = {k: v.clone() for k, v in trainer.trained.state_dict().items()}
+    batch = CropBatches(embedded_photographs()[0], resolution=32, batch=2, augmentation=config.augmentation, seed=0)[0]
+    for step in range(2):
+        trainer.step(step, batch)
+    still = [k for k, v in trainer.trained.state_dict().items() if torch.equal(v, before[k])]
+    assert all(".bn." in k for k in still), still
+
+
+def test_posterior_noise_is_a_function_of_the_step():
+    trainer = VaeTrainer(parse_vae([*TOY])[0], torch.device("cpu"), compiled=False)
+    assert torch.equal(trainer.noise(3, 2), trainer.noise(3, 2)) and not torch.equal(trainer.noise(3, 2), trainer.noise(4, 2))
+    assert torch.equal(trainer.noise(3, 4)[:2], trainer.noise(3, 2))
+
+
+def test_training_lowers_the_loss_from_random_weights(tmp_path):
+    flags = ["--warm-start", "none", "--autoencoder.shortcut", "none", "--steps", "120", "--lr", "3e-3", "--align-weight", "0"]
+    assert run(tmp_path, *flags, "--name", "x") == 0
+    losses = [r["l1"] for r in read_log(tmp_path / "x" / "log.jsonl") if "l1" in r]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_non_finite_losses_are_named():
+    check_finite({"l1": 0.5, "kl": 2.0}, 3)
+    with pytest.raises(FloatingPointError, match="step 3: kl = nan; the checkpoints are of before"):
+        check_finite({"l1": 0.5, "kl": float("nan")}, 3)
+
+
+def test_compile_without_a_compiler_runs_eager(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vae, "cpp_compiler", lambda: None)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler found"):
+        assert run(tmp_path, "--compile", "--steps", "1", "--name", "x", "--stop-after", "1", "--device", "cpu") == 0
+
+
+def test_training_step_is_one_graph():
+    trainer = VaeTrainer(parse_vae([*TOY])[0], torch.device("cpu"), compiled=False)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    arguments = (x, trainer.teacher(x), trainer.noise(0, 2))
+    compiled = torch.compile(trainer.losses, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), trainer.losses(*arguments))
+
+
+def test_default_preset_is_the_issue_of_minutes():
+    config = VAE_PRESETS["photos"]
+    assert (config.data, config.teacher, config.autoencoder.shortcut) == ("photographs", "hog", "patch")
+    assert min(config.l1_weight, config.laplacian_weight, config.kl_weight, config.align_weight) > 0
