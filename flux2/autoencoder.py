@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -85,7 +86,8 @@ AUTOENCODERS: dict[str, AutoencoderConfig] = {
     "flux.1":               AutoencoderConfig(z_channels=16, scale=0.3611, shift=0.1159, quant_conv=False),
     "flux.2":               AutoencoderConfig(z_channels=32, latent_norm="batchnorm"),
     "flux.2-small-decoder": AutoencoderConfig(z_channels=32, latent_norm="batchnorm", decoder_ch=96),
-    "va-vae":               AutoencoderConfig(z_channels=32, latent_norm="stats", ch_mult=(1, 1, 2, 2, 4), attn_levels=(4,), patch=1),
+    "va-vae":               AutoencoderConfig(z_channels=32, latent_norm="stats", ch_mult=(1, 1, 2, 2, 4),
+                                              attn_levels=(4,), patch=1),
 }
 # fmt: on
 
@@ -174,28 +176,40 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _middle(channels: int, num_groups: int) -> nn.Module:
-    mid = nn.Module()
-    mid.block_1 = ResBlock(channels, channels, num_groups)
-    mid.attn_1 = AttnBlock(channels, num_groups)
-    mid.block_2 = ResBlock(channels, channels, num_groups)
-    return mid
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the coarsest level."""
+
+    def __init__(self, channels: int, num_groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, num_groups)
+        self.attn_1 = AttnBlock(channels, num_groups)
+        self.block_2 = ResBlock(channels, channels, num_groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
-def _level(widths: list[int], attention: bool, num_groups: int) -> nn.Module:
-    """Residual blocks widths[0] -> widths[1] -> ..., each followed by attention where asked."""
-    level = nn.Module()
-    level.block = nn.ModuleList(ResBlock(i, o, num_groups) for i, o in zip(widths, widths[1:], strict=False))
-    level.attn = nn.ModuleList(AttnBlock(o, num_groups) for o in widths[1:] if attention)
-    return level
+class Level(nn.Module):
+    """Residual blocks widths[0] -> widths[1] -> ..., attention after each where asked, then a change of sides."""
 
+    def __init__(self, widths: list[int], *, attention: bool, num_groups: int, resample: str) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(i, o, num_groups) for i, o in pairwise(widths))
+        self.attn = nn.ModuleList(AttnBlock(o, num_groups) for o in widths[1:] if attention)
+        self.resample = resample
+        if resample == "down":
+            self.downsample = Downsample(widths[-1])
+        elif resample == "up":
+            self.upsample = Upsample(widths[-1])
 
-def _run_level(level: nn.Module, x: Tensor) -> Tensor:
-    for j, block in enumerate(level.block):
-        x = block(x)
-        if level.attn:
-            x = level.attn[j](x)
-    return x
+    def forward(self, x: Tensor) -> Tensor:
+        for j, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[j](x)
+        if self.resample == "down":
+            return self.downsample(x)
+        return self.upsample(x) if self.resample == "up" else x
 
 
 class PatchShortcut(nn.Conv2d):
@@ -230,12 +244,11 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         width = cfg.ch
         for i, out in enumerate(widths):
-            level = _level([width] + [out] * cfg.num_res_blocks, i in cfg.attn_levels, cfg.num_groups)
-            if i < len(widths) - 1:
-                level.downsample = Downsample(out)
+            blocks, resample = [width] + [out] * cfg.num_res_blocks, "down" if i < len(widths) - 1 else "none"
+            level = Level(blocks, attention=i in cfg.attn_levels, num_groups=cfg.num_groups, resample=resample)
             self.down.append(level)
             width = out
-        self.mid = _middle(width, cfg.num_groups)
+        self.mid = Middle(width, cfg.num_groups)
         self.norm_out = nn.GroupNorm(cfg.num_groups, width, NORM_EPS)
         self.conv_out = nn.Conv2d(width, 2 * cfg.z_channels, 3, padding=1)
         if cfg.quant_conv:
@@ -246,10 +259,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            h = _run_level(level, h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+            h = level(h)
+        h = self.mid(h)
         h = self.conv_out(F.silu(self.norm_out(h)))
         if hasattr(self, "quant_conv"):
             h = self.quant_conv(h)
@@ -269,12 +280,11 @@ class Decoder(nn.Module):
             self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
         width = widths[-1]
         self.conv_in = nn.Conv2d(cfg.z_channels, width, 3, padding=1)
-        self.mid = _middle(width, cfg.num_groups)
-        levels: list[nn.Module] = []
+        self.mid = Middle(width, cfg.num_groups)
+        levels: list[Level] = []
         for i in reversed(range(len(widths))):
-            level = _level([width] + [widths[i]] * (cfg.num_res_blocks + 1), i in cfg.attn_levels, cfg.num_groups)
-            if i > 0:
-                level.upsample = Upsample(widths[i])
+            blocks, resample = [width] + [widths[i]] * (cfg.num_res_blocks + 1), "up" if i > 0 else "none"
+            level = Level(blocks, attention=i in cfg.attn_levels, num_groups=cfg.num_groups, resample=resample)
             levels.insert(0, level)  # up.0 is the full-resolution level
             width = widths[i]
         self.up = nn.ModuleList(levels)
@@ -285,12 +295,9 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z
-        h = self.conv_in(h)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        h = self.mid(self.conv_in(h))
         for level in reversed(self.up):
-            h = _run_level(level, h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            h = level(h)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return h + self.shortcut(z) if hasattr(self, "shortcut") else h
 
@@ -311,7 +318,7 @@ class AutoEncoder(nn.Module):
         elif cfg.latent_norm == "stats":
             self.register_buffer("latent_mean", torch.zeros(cfg.latent_channels))
             self.register_buffer("latent_std", torch.ones(cfg.latent_channels))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def train(self, mode: bool = True) -> AutoEncoder:
         """As nn.Module.train, but the latent BatchNorm stays in eval: its statistics are fitted, not averaged."""
@@ -321,7 +328,7 @@ class AutoEncoder(nn.Module):
         return self
 
     def encode_moments(self, x: Tensor) -> Tensor:
-        """Pixels [N, 3, H, W] in [-1, 1] -> moments [N, 2z, H/f, W/f]. ValueError if a side is no multiple of `multiple`."""
+        """Pixels [N, 3, H, W] in [-1, 1] -> moments [N, 2z, H/f, W/f]. ValueError if a side is not a `cfg.multiple`."""
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"pixels: expected [N, 3, H, W], got {list(x.shape)}")
         if not x.is_floating_point():
@@ -344,7 +351,7 @@ class AutoEncoder(nn.Module):
             assert self.bn.running_mean is not None and self.bn.running_var is not None
             mean, std = self.bn.running_mean.float(), (self.bn.running_var.float() + BN_EPS).sqrt()
         elif self.cfg.latent_norm == "stats":
-            mean, std = self.latent_mean.float(), self.latent_std.float()
+            mean, std = self.get_buffer("latent_mean").float(), self.get_buffer("latent_std").float()
         else:
             device = self.decoder.conv_in.weight.device
             mean = torch.full((1,), self.cfg.shift, device=device)
@@ -394,7 +401,7 @@ class AutoEncoder(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Pixels [N, 3, H, W] of any size -> reconstruction of the same size, clamped to [-1, 1]; `pad`, then cropped."""
+        """Pixels [N, 3, H, W] of any size -> reconstruction of the same size in [-1, 1]: `pad`, then crop back."""
         return self.decode(self.encode(self.pad(x)))[:, :, : x.shape[2], : x.shape[3]].clamp(-1, 1)
 
 

@@ -3,7 +3,8 @@
 Three layouts of the same tensors:
 
     bfl        native keys, one .safetensors file (FLUX.1, FLUX.2); ours carries its shape in the file's metadata
-    ldm        as bfl, but `quant_conv`, `post_quant_conv` at the top, perhaps under `first_stage_model.` (SD, SDXL, VA-VAE)
+    ldm        as bfl, but `quant_conv` and `post_quant_conv` at the top, perhaps all under `first_stage_model.`
+               (SD, SDXL, VA-VAE)
     diffusers  a folder with config.json and diffusion_pytorch_model.safetensors
 
 Nothing in a file is executed: safetensors, or torch.load(weights_only=True).
@@ -142,9 +143,12 @@ def config_from_dict(fields: Mapping[str, Any]) -> AutoencoderConfig:
     for name in fields:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"autoencoder config: unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise ValueError(
+                f"autoencoder config: unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
     try:
-        return AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return AutoencoderConfig(**values)
     except TypeError as error:
         raise ValueError(f"autoencoder config: {error}") from None
 
@@ -153,7 +157,7 @@ def config_from_dict(fields: Mapping[str, Any]) -> AutoencoderConfig:
 
 
 def diffusers_key(key: str, levels: int) -> str:
-    """Native key -> diffusers key; `levels`: how many resolutions the network has (diffusers counts the decoder's up)."""
+    """Native key -> diffusers key; `levels`: resolutions of the network, from which diffusers counts the decoder's."""
     key = re.sub(r"^encoder\.(quant_conv)\.", r"\1.", key)
     key = re.sub(r"^decoder\.(post_quant_conv)\.", r"\1.", key)
     key = re.sub(r"\.down\.(\d+)\.", r".down_blocks.\1.", key)
@@ -230,7 +234,9 @@ def _network_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         levels = 0
     if not levels or any(w % ch for w in widths) or top % ch_mult[-1]:
         some = ", ".join(sorted(tensors)[:3])
-        raise ValueError(f"not an autoencoder of this family: expected encoder.conv_in.weight and the like, got {some}, ...")
+        raise ValueError(
+            f"not an autoencoder of this family: expected encoder.conv_in.weight and the like, got {some}, ..."
+        )
     return {
         "z_channels": z_channels,
         "ch": ch,
@@ -267,7 +273,9 @@ def infer_config(tensors: Mapping[str, Tensor], preset: str | None = None) -> Au
         rows = " and ".join(fitting)
         raise ValueError(f"{rows} have the same tensors and differ only in latent scale: say which with preset=")
     if not fitting:
-        raise ValueError(f"no preset has this shape, and the file does not say how its latents are normalised: {fields}")
+        raise ValueError(
+            f"no preset has this shape, and the file does not say how its latents are normalised: {fields}"
+        )
     return AUTOENCODERS[fitting[0]]
 
 
@@ -277,7 +285,7 @@ def _config_from_diffusers(config: Mapping[str, Any], tensors: Mapping[str, Tens
         eps = config.get("batch_norm_eps", BN_EPS)
         if eps != BN_EPS:
             raise ValueError(f"batch_norm_eps: expected {BN_EPS}, got {eps}")
-        latent: dict[str, Any] = {"latent_norm": "batchnorm", "patch": list(config.get("patch_size", [2, 2]))[0]}
+        latent: dict[str, Any] = {"latent_norm": "batchnorm", "patch": config.get("patch_size", [2, 2])[0]}
     else:
         row = next((AUTOENCODERS[name] for name in AUTOENCODERS if _same_network(name, fields)), None)
         latent = {"patch": row.patch if row else 2}
@@ -350,7 +358,9 @@ def _read(path: Path, preset: str | None) -> tuple[dict[str, Tensor], Autoencode
 def _read_folder(folder: Path, preset: str | None) -> tuple[dict[str, Tensor], AutoencoderConfig, Path]:
     config = _load_json(folder / "config.json")
     if config.get("format") == FORMAT:
-        file = next((p for n in ("ema", "model") if (p := folder / f"{n}.safetensors").is_file()), folder / "ema.safetensors")
+        file = next(
+            (p for n in ("ema", "model") if (p := folder / f"{n}.safetensors").is_file()), folder / "ema.safetensors"
+        )
         return load_tensors(file)[0], config_from_dict(config["autoencoder"]), file
     if "block_out_channels" not in config:
         kind = config.get("_class_name", "none of the known fields")
@@ -459,7 +469,10 @@ def save_autoencoder(ae: AutoEncoder, path: str | Path, layout: Literal["bfl", "
             raise ValueError(f"{path}: layout 'diffusers' is a folder, and this is a file")
         config = diffusers_config(ae.cfg)
         if ae.cfg.latent_norm == "stats":
-            config |= {"latents_mean": state.pop("latent_mean").tolist(), "latents_std": state.pop("latent_std").tolist()}
+            config |= {
+                "latents_mean": state.pop("latent_mean").tolist(),
+                "latents_std": state.pop("latent_std").tolist(),
+            }
         renamed = {diffusers_key(k, len(ae.cfg.ch_mult)): v for k, v in state.items()}
         linear = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight")
         renamed = {k: v.flatten(1) if k.endswith(linear) else v for k, v in renamed.items()}

@@ -35,8 +35,8 @@ def find_images(path: str | Path) -> list[Path]:
 def load_image(path: str | Path) -> np.ndarray:
     """A picture file as uint8 [H, W, 3] RGB, upright.
 
-    EXIF orientation is applied; transparency is laid on white; grey, palette and CMYK pictures become RGB; 16-bit grey is
-    scaled to 8 bits by value / 257; of an animation the first frame is taken. FileNotFoundError if there is no file;
+    EXIF orientation is applied; transparency is laid on white; grey, palette and CMYK pictures become RGB; 16-bit grey
+    is scaled to 8 bits by value / 257; of an animation the first frame is taken. FileNotFoundError if there is no file;
     ValueError naming the file and the reason if it is damaged, no picture, too large to be one, or floating-point.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError

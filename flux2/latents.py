@@ -34,7 +34,9 @@ def fit_latent_statistics(ae: AutoEncoder, batches: Iterable[Tensor]) -> int:
     Returns the number of images. ValueError if the autoencoder has no fitted statistics, or there are no batches.
     """
     if ae.cfg.latent_norm == "affine":
-        raise ValueError("this autoencoder's latents are normalised by constants (latent_norm='affine'): nothing to fit")
+        raise ValueError(
+            "this autoencoder's latents are normalised by constants (latent_norm='affine'): nothing to fit"
+        )
     num_images, count = 0, 0
     mean = m2 = torch.zeros(())
     for x in batches:
@@ -61,6 +63,6 @@ def fit_latent_statistics(ae: AutoEncoder, batches: Iterable[Tensor]) -> int:
         if ae.bn.num_batches_tracked is not None:
             ae.bn.num_batches_tracked.fill_(1)
     else:
-        ae.latent_mean.copy_(mean)
-        ae.latent_std.copy_(var.sqrt())
+        ae.get_buffer("latent_mean").copy_(mean)
+        ae.get_buffer("latent_std").copy_(var.sqrt())
     return num_images

@@ -75,28 +75,30 @@ def fit_context_decoder(code: LinearCode, x: Tensor) -> Tensor:
 def warm_start(ae: AutoEncoder, code: LinearCode, decoder: Tensor) -> None:
     """Sets an autoencoder with shortcut="patch" to compute exactly a linear code; its networks start by adding zero.
 
-    decoder: conv3x3 [3 f^2, k, 3, 3] from the code to blocks, as `fit_context_decoder` gives. Component i is divided by
-    std_i^(1/2) on the way in: half-way between an orthonormal code, whose latents differ 50-fold in size, and a whitened
-    one, whose weights do. ValueError if the shapes do not fit.
+    decoder: conv3x3 [3 f^2, k, 3, 3] from the code to blocks, as `fit_context_decoder` gives. Component i is divided
+    by std_i^(1/2) on the way in: half-way between an orthonormal code, whose latents differ 50-fold in size, and a
+    whitened one, whose weights do. ValueError if the shapes do not fit.
     """
     if ae.cfg.shortcut != "patch":
         raise ValueError(f"warm start needs shortcut='patch', got {ae.cfg.shortcut!r}")
     z, f = ae.cfg.z_channels, ae.cfg.downsample
     if code.block != f or len(code.components) != z:
         raise ValueError(
-            f"warm start: expected {z} components of {f}x{f} blocks, got {len(code.components)} of {code.block}x{code.block}"
+            f"warm start: expected {z} components of {f}x{f} blocks,"
+            f" got {len(code.components)} of {code.block}x{code.block}"
         )
     scale = code.std.clamp(min=1e-3).sqrt()
     mean_block = code.mean.repeat_interleave(f * f)
     into = code.components / scale[:, None]
-    ae.encoder.shortcut.weight.zero_()
-    ae.encoder.shortcut.weight[:, :, 1, 1] = into
-    ae.encoder.shortcut.bias.copy_(-(into @ mean_block))
-    ae.decoder.shortcut.weight.copy_(decoder * scale.view(1, z, 1, 1))
-    ae.decoder.shortcut.bias.copy_(mean_block)
-    for last in (ae.encoder.conv_out, ae.decoder.conv_out):
-        torch.nn.init.zeros_(last.weight)
-        torch.nn.init.zeros_(last.bias)
-    logvar_bias = ae.encoder.quant_conv.bias if ae.cfg.quant_conv else ae.encoder.conv_out.bias
+    state = ae.state_dict()  # tensors that share the weights' memory
+    state["encoder.shortcut.weight"].zero_()
+    state["encoder.shortcut.weight"][:, :, 1, 1] = into
+    state["encoder.shortcut.bias"].copy_(-(into @ mean_block))
+    state["decoder.shortcut.weight"].copy_(decoder * scale.view(1, z, 1, 1))
+    state["decoder.shortcut.bias"].copy_(mean_block)
+    for last in ("encoder.conv_out", "decoder.conv_out"):
+        state[f"{last}.weight"].zero_()
+        state[f"{last}.bias"].zero_()
+    logvar_bias = state["encoder.quant_conv.bias" if ae.cfg.quant_conv else "encoder.conv_out.bias"]
     logvar_bias[:z].zero_()
     logvar_bias[z:].fill_(WARM_LOGVAR)

@@ -27,7 +27,8 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of each pair (Wang et al. 2004): uint8 [N, 3, H, W] twice -> fp64 [N].
 
-    scikit-image's, with the paper's Gaussian window (sigma 1.5, 11 pixels) and population covariance, mean over channels.
+    scikit-image's, with the paper's Gaussian window (sigma 1.5, 11 pixels) and population covariance, mean over
+    channels.
     nan where a side is shorter than the window.
     """
     from skimage.metrics import structural_similarity

@@ -54,7 +54,13 @@ def philox_uint32(
 
 
 def uniform(
-    seed: int, step: int, first_index: int, n: int, count: int, stream: int = 0, device: torch.device | str | None = None
+    seed: int,
+    step: int,
+    first_index: int,
+    n: int,
+    count: int,
+    stream: int = 0,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """fp32 [n, count] in (0, 1): u = ((r >> 9) + 0.5) 2^-23; row i depends on (seed, step, first_index + i, stream)."""
     index = torch.arange(first_index, first_index + n, device=device)

@@ -12,7 +12,18 @@ ROOT = Path(__file__).parent.parent
 FORBIDDEN = {"kernels": {"flux2", "train", "benchmarks"}, "flux2": {"train", "benchmarks"}, "train": {"benchmarks"}}
 FILES = {package: sorted((ROOT / package).rglob("*.py")) for package in FORBIDDEN}
 # What importing kernels and flux2 must not need; triton is missing on macOS and Windows.
-OPTIONAL = ("triton", "timm", "lpips", "tyro", "PIL", "skimage", "matplotlib", "diffusers", "transformers", "torchvision")
+OPTIONAL = (
+    "triton",
+    "timm",
+    "lpips",
+    "tyro",
+    "PIL",
+    "skimage",
+    "matplotlib",
+    "diffusers",
+    "transformers",
+    "torchvision",
+)
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -29,7 +40,9 @@ def imports(path: Path) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_imports_point_one_way(package):
     assert FILES[package]
-    wrong = [f"{p.name}: {m}" for p in FILES[package] for m, level in imports(p) if not level and m in FORBIDDEN[package]]
+    wrong = [
+        f"{p.name}: {m}" for p in FILES[package] for m, level in imports(p) if not level and m in FORBIDDEN[package]
+    ]
     assert not wrong
 
 
@@ -46,7 +59,9 @@ def test_the_walk_sees_imports_inside_functions(tmp_path):
     assert imports(file) == [("train", 0), ("flux2", 0), ("", 1)]
 
 
-@pytest.mark.parametrize("path", [p for files in FILES.values() for p in files], ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize(
+    "path", [p for files in FILES.values() for p in files], ids=lambda p: f"{p.parent.name}/{p.name}"
+)
 def test_each_file_says_what_it_is_and_stays_small(path):
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"

@@ -31,13 +31,13 @@ class VaeConfig:
     """Side of the training crops, pixels."""
     batch: int = 16
     """Crops a step."""
-    steps: int = 350
+    steps: int = 500
     """Optimiser updates."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Peak learning rate of AdamW."""
-    shortcut_lr: float = 0.1
+    shortcut_lr: float = 0.03
     """Learning rate of the linear shortcut, as a multiple of --lr."""
-    warmup: int = 20
+    warmup: int = 50
     """Steps of linear warm-up, before the cosine."""
     final_lr: float = 0.02
     """Learning rate at the end of the cosine, as a multiple of --lr."""
@@ -63,7 +63,7 @@ class VaeConfig:
     """Weight of the Laplacian-pyramid (perceptual) loss."""
     kl_weight: float = 1e-6
     """Weight of the KL divergence, mean per latent element."""
-    align_weight: float = 0.05
+    align_weight: float = 0.02
     """Weight of the semantic alignment of the latent to the teacher; 0 switches the teacher off."""
     teacher: Literal["hog"] = "hog"
     """Teacher of the semantic alignment."""
@@ -104,8 +104,8 @@ class RunOptions:
     """Folder of this run inside --out; by default the preset's name, with a number if that is taken."""
     resume: Literal["no", "auto"] = "no"
     """auto continues the named run from its newest checkpoint, or starts it."""
-    save_every: int = 100
-    """Steps between checkpoints."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 is a quarter of the run, at most 1000."""
     keep: int = 2
     """Checkpoints kept."""
     stop_after: int = 0
@@ -114,7 +114,7 @@ class RunOptions:
     """Print the resolved config, parameters, memory and arithmetic, and stop."""
 
     def __post_init__(self) -> None:
-        for name, least in (("save_every", 1), ("keep", 1), ("stop_after", 0)):
+        for name, least in (("save_every", 0), ("keep", 1), ("stop_after", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
         if self.name and (Path(self.name).name != self.name or self.name in (".", "..")):
@@ -122,22 +122,38 @@ class RunOptions:
 
 
 _NARROW = AutoencoderConfig(
-    z_channels=32, ch=16, decoder_ch=32, ch_mult=(1, 2, 4, 8), num_res_blocks=1, num_groups=8, latent_norm="batchnorm", shortcut="patch"
+    z_channels=32,
+    ch=16,
+    decoder_ch=16,
+    ch_mult=(1, 2, 4, 8),
+    num_res_blocks=1,
+    num_groups=8,
+    latent_norm="batchnorm",
+    shortcut="patch",
 )
-_PHOTO_CROPS = Augmentation(crop_scale=(0.7, 1.6), rotate=True, colour=0.2)
+_PHOTOS = VaeConfig(
+    preset="photos",
+    autoencoder=_NARROW,
+    augmentation=Augmentation(crop_scale=(0.7, 1.6), rotate=True, colour=0.2),
+    warm_start="pca",
+)
 
-# fmt: off
 VAE_PRESETS: dict[str, VaeConfig] = {
-    # name                  shape, data and length                                               loss and optimiser
-    "photos":      VaeConfig(preset="photos", autoencoder=_NARROW, augmentation=_PHOTO_CROPS, warm_start="pca"),
-    "photos-long": VaeConfig(preset="photos-long", autoencoder=_NARROW, augmentation=_PHOTO_CROPS, warm_start="pca",
-                             steps=4000, warmup=100, ema_decay=0.998),
-    "flux.2":      VaeConfig(preset="flux.2", autoencoder=AUTOENCODERS["flux.2"], resolution=256, batch=16, steps=200_000,
-                             lr=1e-4, warmup=1000, betas=(0.9, 0.95), ema_decay=0.9999, workers=8,
-                             augmentation=Augmentation(crop_scale=(1.0, 4.0))),
+    "photos": _PHOTOS,
+    "photos-long": dataclasses.replace(_PHOTOS, preset="photos-long", steps=5000, warmup=200, ema_decay=0.998),
+    "flux.2": VaeConfig(
+        preset="flux.2",
+        autoencoder=AUTOENCODERS["flux.2"],
+        augmentation=Augmentation(crop_scale=(1.0, 4.0)),
+        resolution=256,
+        steps=200_000,
+        lr=1e-4,
+        warmup=1000,
+        betas=(0.9, 0.95),
+        ema_decay=0.9999,
+        workers=8,
+    ),
 }
-# fmt: on
-
 
 _DESCRIPTION = """Train an image autoencoder of the FLUX.2 shape.
 
@@ -168,7 +184,9 @@ def parse_vae(argv: list[str]) -> tuple[VaeConfig, RunOptions]:
     chosen.add_argument("--preset", default="photos")
     preset = chosen.parse_known_args(argv)[0].preset
     if preset not in VAE_PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(VAE_PRESETS)}, got {preset!r}{nearest(preset, VAE_PRESETS)}")
+        raise ValueError(
+            f"preset: expected one of {', '.join(VAE_PRESETS)}, got {preset!r}{nearest(preset, VAE_PRESETS)}"
+        )
     return tyro.cli(
         tuple[Annotated[VaeConfig, tyro.conf.arg(name="")], Annotated[RunOptions, tyro.conf.arg(name="")]],  # type: ignore[arg-type]
         prog="python -m train.vae",

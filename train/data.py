@@ -99,7 +99,9 @@ def open_pictures(data: str, held_out: str = "") -> tuple[Pictures, Pictures]:
     if held_out:
         return Pictures(paths, in_memory=False), Pictures(find_images(held_out), in_memory=False)
     if len(paths) < 2:
-        raise ValueError(f"{data}: expected at least 2 pictures (one is held out), got {len(paths)}; or give --held-out")
+        raise ValueError(
+            f"{data}: expected at least 2 pictures (one is held out), got {len(paths)}; or give --held-out"
+        )
     held = paths[::HELD_OUT_EVERY]
     kept = [p for i, p in enumerate(paths) if i % HELD_OUT_EVERY]
     return Pictures(kept, in_memory=False), Pictures(held, in_memory=False)
@@ -213,4 +215,3 @@ def training_pixels(dataset: CropBatches, num_images: int) -> Tensor:
     """
     steps = range(2**31, 2**31 + math.ceil(num_images / dataset.batch))
     return from_uint8(torch.cat([dataset[s] for s in steps]))
-

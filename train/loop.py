@@ -164,7 +164,7 @@ class Checkpoints:
         return self.folder / f"step_{step:08d}"
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], config: dict[str, Any]) -> Path:
-        """Writes tensors[name] to name.safetensors and `config` to config.json. OSError leaves older ones as they are."""
+        """Writes tensors[name] to name.safetensors, `config` to config.json. On OSError older ones stay as they are."""
         final = self.path(step)
         if final.exists():  # resumed and stopped without a step in between
             return final
@@ -215,7 +215,7 @@ def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, 
 
 
 class Log:
-    """One JSON object a line in `path`. Lines after the step a run goes on from (0: all) are dropped: they come again."""
+    """One JSON object a line in `path`. Lines after the step a run goes on from (0: all) come again and are dropped."""
 
     def __init__(self, path: Path, *, start: int) -> None:
         self.path = path

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 import time
 import warnings
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +85,7 @@ class VaeTrainer:
         self.ema = EMA(self.ae, self.config.ema_decay)
 
     def losses(self, x: Tensor, tokens: Tensor | None, noise: Tensor | None) -> dict[str, Tensor]:
-        """Pixels [N, 3, R, R], teacher tokens [N, D, R/m, R/m], posterior noise -> each term and their weighted "loss"."""
+        """Pixels [N, 3, R, R], tokens [N, D, R/m, R/m], posterior noise -> each term; "loss" is their weighted sum."""
         config = self.config
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             posterior = self.ae.posterior(x)
@@ -165,7 +162,9 @@ def fit_code(config: VaeConfig, crops: CropBatches) -> tuple[LinearCode, Tensor]
 def usable_compiler(device: torch.device) -> bool:
     """Whether torch.compile can build kernels here; warns once where it cannot."""
     if device.type == "cpu" and cpp_compiler() is None:
-        warnings.warn("--compile: no C++ compiler found (set CXX, or install g++ or clang++): running eager", stacklevel=2)
+        warnings.warn(
+            "--compile: no C++ compiler found (set CXX, or install g++ or clang++): running eager", stacklevel=2
+        )
         return False
     return True
 
@@ -258,13 +257,16 @@ def train(config: VaeConfig, run: RunOptions) -> int:
                 break
         progress.close()
     if done < config.steps:
-        print(f"saved {checkpoints.path(done)} after {done} of {config.steps} steps; go on with --resume auto --name {folder.name}")
+        where, how = checkpoints.path(done), f"--resume auto --name {folder.name}"
+        print(f"saved {where} after {done} of {config.steps} steps; go on with {how}")
         return 128 + interrupt.signal if interrupt.signal else 0
 
     print(f"trained {done - start} steps in {time.monotonic() - began:.0f} s; writing the report", flush=True)
     ours = reconstruct_uint8(trainer.ema.model, crops)
     code, _ = fit_code(config, plain_crops(config, pictures))
-    quality = write_report(folder, config=text, ae=trainer.ema.model, crops=crops, ours=ours, code=code, held_out=held_out)
+    quality = write_report(
+        folder, config=text, ae=trainer.ema.model, crops=crops, ours=ours, code=code, held_out=held_out
+    )
     print(f"report: {folder / 'report.html'}")
     print(f"held-out PSNR {quality:.2f} dB (EMA, {len(crops)} crops)")
     return 0
@@ -289,7 +291,9 @@ def check_finite(means: dict[str, float], step: int) -> None:
     broken = {k: v for k, v in means.items() if not (abs(v) < float("inf"))}
     if broken:
         terms = ", ".join(f"{k} = {v}" for k, v in broken.items())
-        raise FloatingPointError(f"step {step}: {terms}; the checkpoints are of before. Try a lower --lr or --precision fp32")
+        raise FloatingPointError(
+            f"step {step}: {terms}; the checkpoints are of before. Try a lower --lr or --precision fp32"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

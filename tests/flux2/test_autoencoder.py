@@ -217,7 +217,9 @@ def test_fitted_statistics_normalise_the_latents(norm):
     z = ae.encode(images).transpose(0, 1).flatten(1)
     torch.testing.assert_close(z.mean(1), torch.zeros(16), atol=1e-4, rtol=0)
     var = patchify(ae.posterior(images).mode(), 2).transpose(0, 1).flatten(1).var(1)
-    expected = (var / (var + 1e-4)).sqrt() if norm == "batchnorm" else torch.ones(16)  # BatchNorm's eps shrinks a little
+    expected = (
+        (var / (var + 1e-4)).sqrt() if norm == "batchnorm" else torch.ones(16)
+    )  # BatchNorm's eps shrinks a little
     torch.testing.assert_close(z.std(1), expected, atol=2e-3, rtol=0)
     mean, std = (t.clone() for t in ae.latent_affine())
     fit_latent_statistics(ae, images.split(1))

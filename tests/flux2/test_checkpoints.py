@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,14 @@ from flux2.checkpoints import (
 )
 
 TINY = AutoencoderConfig(
-    z_channels=4, ch=8, decoder_ch=16, num_groups=4, ch_mult=(1, 2, 1), num_res_blocks=1, latent_norm="batchnorm", shortcut="patch"
+    z_channels=4,
+    ch=8,
+    decoder_ch=16,
+    num_groups=4,
+    ch_mult=(1, 2, 1),
+    num_res_blocks=1,
+    latent_norm="batchnorm",
+    shortcut="patch",
 )
 
 
@@ -130,7 +138,9 @@ def test_pipeline_folder_gives_its_vae(tmp_path):
     ae = AutoEncoder(AUTOENCODERS["flux.1"])
     save_autoencoder(ae, tmp_path / "vae", layout="diffusers")
     assert same(ae.state_dict(), load_autoencoder(tmp_path).state_dict())
-    assert same(ae.state_dict(), load_autoencoder(tmp_path / "vae" / "diffusion_pytorch_model.safetensors").state_dict())
+    assert same(
+        ae.state_dict(), load_autoencoder(tmp_path / "vae" / "diffusion_pytorch_model.safetensors").state_dict()
+    )
 
 
 def own_file(tmp_path, ae, change):
@@ -155,7 +165,10 @@ def put(key, value):
     [
         (drop("encoder.conv_in.bias"), r"missing keys: encoder\.conv_in\.bias$"),
         (put("encoder.extra.weight", torch.zeros(1)), r"unexpected keys: encoder\.extra\.weight$"),
-        (put("decoder.conv_out.bias", torch.zeros(4)), r"wrong shapes: expected decoder\.conv_out\.bias \[3\], got \[4\]"),
+        (
+            put("decoder.conv_out.bias", torch.zeros(4)),
+            r"wrong shapes: expected decoder\.conv_out\.bias \[3\], got \[4\]",
+        ),
     ],
 )
 def test_strict_loading_names_keys(tiny, tmp_path, change, message):
@@ -225,7 +238,9 @@ def test_bad_places_are_refused_in_a_sentence(tiny, tmp_path):
     with pytest.raises(ValueError, match="config.json: not JSON"):
         load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    with pytest.raises(ValueError, match="expected AutoencoderKL or AutoencoderKLFlux2 of diffusers, got UNet2DConditionModel"):
+    with pytest.raises(
+        ValueError, match="expected AutoencoderKL or AutoencoderKLFlux2 of diffusers, got UNet2DConditionModel"
+    ):
         load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "block_out_channels": [8]}')
     with pytest.raises(FileNotFoundError, match=r"expected diffusion_pytorch_model\.safetensors beside config\.json"):
@@ -255,7 +270,7 @@ def test_a_failed_save_keeps_the_old_file(tiny, tmp_path, monkeypatch):
     before = (tmp_path / "ae.safetensors").read_bytes()
 
     def full(tensors, path, metadata):
-        open(path, "wb").write(b"half")
+        Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("flux2.checkpoints.save_file", full)

@@ -1,4 +1,4 @@
-"""torchvision's import guard, in fresh interpreters: timm and lpips run behind it, and it changes nothing it need not."""
+"""torchvision's import guard, in fresh interpreters: timm and lpips run behind it, and it needs no torchvision."""
 
 import subprocess
 import sys

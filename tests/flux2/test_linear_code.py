@@ -8,7 +8,14 @@ from flux2.autoencoder import AutoEncoder, AutoencoderConfig
 from flux2.linear_code import fit_context_decoder, fit_linear_code, warm_start
 
 SMALL = AutoencoderConfig(
-    z_channels=8, ch=8, decoder_ch=8, ch_mult=(1, 1, 1), num_res_blocks=1, num_groups=4, shortcut="patch", latent_norm="batchnorm"
+    z_channels=8,
+    ch=8,
+    decoder_ch=8,
+    ch_mult=(1, 1, 1),
+    num_res_blocks=1,
+    num_groups=4,
+    shortcut="patch",
+    latent_norm="batchnorm",
 )
 
 

@@ -92,7 +92,12 @@ def test_ours_to_diffusers_and_back(cfg, tmp_path):
 def test_diffusers_to_ours_and_to_the_original_layout(kind, tmp_path):
     cfg = narrow(kind)
     widths = [cfg.ch * m for m in cfg.ch_mult]
-    common = {"block_out_channels": widths, "norm_num_groups": 8, "layers_per_block": 2, "latent_channels": cfg.z_channels}
+    common = {
+        "block_out_channels": widths,
+        "norm_num_groups": 8,
+        "layers_per_block": 2,
+        "latent_channels": cfg.z_channels,
+    }
     if kind == "flux.2":
         vae = diffusers.AutoencoderKLFlux2(**common)
     else:

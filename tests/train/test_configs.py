@@ -11,7 +11,9 @@ from train.vae import main
 
 
 def test_presets_are_rows_and_flags_go_over_them():
-    config, run = parse_vae(["--preset", "flux.2", "--steps", "7", "--autoencoder.ch", "64", "--compile", "--name", "x"])
+    config, run = parse_vae(
+        ["--preset", "flux.2", "--steps", "7", "--autoencoder.ch", "64", "--compile", "--name", "x"]
+    )
     assert (config.preset, config.steps, config.autoencoder.ch, config.autoencoder.z_channels) == ("flux.2", 7, 64, 32)
     assert config.lr == VAE_PRESETS["flux.2"].lr and run.compile and run.name == "x"
     assert parse_vae([]) == (VAE_PRESETS["photos"], RunOptions())
@@ -62,7 +64,10 @@ def test_differences_name_each_key():
     a, b = to_dict(VAE_PRESETS["photos"]), to_dict(VAE_PRESETS["photos"])
     assert differences(a, b) == []
     b["lr"], b["autoencoder"]["ch"] = 5.0, 99
-    assert differences(a, b) == [f"autoencoder.ch: saved {a['autoencoder']['ch']}, now 99", f"lr: saved {a['lr']}, now 5.0"]
+    assert differences(a, b) == [
+        f"autoencoder.ch: saved {a['autoencoder']['ch']}, now 99",
+        f"lr: saved {a['lr']}, now 5.0",
+    ]
 
 
 def test_help_shows_an_example():

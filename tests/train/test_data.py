@@ -82,7 +82,9 @@ def test_native_scale_is_copied_pixel_for_pixel():
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 def test_scale_is_source_pixels_per_output_pixel(scale):
-    crop = _crop(coordinates(200, 250), 64, [0.5] * 5, Augmentation(crop_scale=(scale, scale), flip=False)).astype(float)
+    crop = _crop(coordinates(200, 250), 64, [0.5] * 5, Augmentation(crop_scale=(scale, scale), flip=False)).astype(
+        float
+    )
     assert np.polyfit(np.arange(20), crop[20:40, 32, 0], 1)[0] == pytest.approx(scale, rel=0.05)
     assert np.polyfit(np.arange(20), crop[32, 20:40, 1], 1)[0] == pytest.approx(scale, rel=0.05)
 
@@ -132,7 +134,9 @@ def test_folder_errors_are_one_sentence(tmp_path):
         open_pictures(str(tmp_path / "missing"))
     (tmp_path / "a.jpg").write_text("not a picture")
     with pytest.raises(ValueError, match=r"a\.jpg"):
-        CropBatches(Pictures([tmp_path / "a.jpg"], in_memory=False), resolution=8, batch=1, augmentation=FULL, seed=0)[0]
+        CropBatches(Pictures([tmp_path / "a.jpg"], in_memory=False), resolution=8, batch=1, augmentation=FULL, seed=0)[
+            0
+        ]
 
 
 def test_training_pixels_are_outside_the_run():

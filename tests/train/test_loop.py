@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_schedule_warms_up_and_ends_at_the_floor():
     rates = [cosine_lr(s, steps=100, warmup=10, final=0.1) for s in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[10] == 1.0
     assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5) and rates[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert cosine_lr(0, steps=10, warmup=0, final=0.1) == 1.0
 
 

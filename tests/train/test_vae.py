@@ -42,7 +42,9 @@ def run(out, *flags):
 
 def weights(folder):
     step = Checkpoints(folder / "checkpoints", keep=9).steps()[-1]
-    return {p.name: load_tensors(p)[0] for p in Checkpoints(folder / "checkpoints", keep=9).path(step).glob("*.safetensors")}
+    return {
+        p.name: load_tensors(p)[0] for p in Checkpoints(folder / "checkpoints", keep=9).path(step).glob("*.safetensors")
+    }
 
 
 def assert_same_bits(a, b):
@@ -63,7 +65,9 @@ def test_a_run_writes_everything(tmp_path, capsys):
     assert env["packages"]["torch"] == torch.__version__ and {"commit", "processor", "gpu", "threads"} <= env.keys()
     records = read_log(folder / "log.jsonl")
     losses = [r for r in records if "loss" in r]
-    assert {"l1", "laplacian", "kl", "align", "grad_norm", "lr", "images_per_second", "peak_memory_bytes"} <= losses[-1].keys()
+    assert {"l1", "laplacian", "kl", "align", "grad_norm", "lr", "images_per_second", "peak_memory_bytes"} <= losses[
+        -1
+    ].keys()
     assert losses[-1]["step"] == 6 and losses[-1]["nimg"] == 12
     assert [r["step"] for r in records if "held_out_psnr" in r] == [0, 3, 6]
     assert float(last.split()[2]) == pytest.approx(records[-1]["held_out_psnr"], abs=0.006)
@@ -92,9 +96,7 @@ def test_the_result_loads_and_its_latents_are_normalised(tmp_path, monkeypatch):
     assert run(tmp_path, "--steps", "2", "--name", "x") == 0
     ae = load_autoencoder(tmp_path / "x")
     config, _ = parse_vae([*TOY])
-    crops = CropBatches(
-        embedded_photographs()[0], resolution=32, batch=64, augmentation=config.augmentation, seed=123
-    )
+    crops = CropBatches(embedded_photographs()[0], resolution=32, batch=64, augmentation=config.augmentation, seed=123)
     z = ae.encode(crops[0].float() / 127.5 - 1).transpose(0, 1).flatten(1)
     assert z.mean(1).abs().mean() < 0.3 and (z.std(1) - 1).abs().mean() < 0.4
     raw = patchify(ae.posterior(crops[0].float() / 127.5 - 1).mean, 2).transpose(0, 1).flatten(1)
@@ -118,7 +120,10 @@ def test_another_seed_is_another_run(tmp_path):
     run(tmp_path, "--steps", "2", "--name", "a", "--stop-after", "2")
     run(tmp_path, "--steps", "2", "--name", "b", "--seed", "1", "--stop-after", "2")
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
-    assert not torch.equal(a["model.safetensors"]["encoder.mid.block_1.conv1.weight"], b["model.safetensors"]["encoder.mid.block_1.conv1.weight"])
+    assert not torch.equal(
+        a["model.safetensors"]["encoder.mid.block_1.conv1.weight"],
+        b["model.safetensors"]["encoder.mid.block_1.conv1.weight"],
+    )
 
 
 def test_resume_refuses_another_config_key_by_key(tmp_path, capsys):
@@ -149,7 +154,11 @@ def test_interruption_saves_and_says_how_to_go_on(tmp_path, number):
     code = "import train.vae as v; v.FITTED_PIXELS = 65536; v.HELD_OUT_CROPS = 16; raise SystemExit(v.main())"
     flags = ["--steps", "100000", "--name", "x", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *TOY, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        [sys.executable, "-c", code, *TOY, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
     )
     log = tmp_path / "x" / "log.jsonl"
     deadline = time.monotonic() + 120
@@ -169,7 +178,9 @@ def test_own_pictures_with_class_folders(tmp_path, capsys):
     for i in range(6):
         folder = tmp_path / "pictures" / f"class{i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (40 + i, 70, 3), dtype=np.uint8)).save(folder / f"{i}.{('jpg', 'png', 'webp')[i % 3]}")
+        Image.fromarray(rng.integers(0, 255, (40 + i, 70, 3), dtype=np.uint8)).save(
+            folder / f"{i}.{('jpg', 'png', 'webp')[i % 3]}"
+        )
     assert run(tmp_path, "--data", str(tmp_path / "pictures"), "--steps", "2", "--name", "x") == 0
     assert "5 training pictures, 1 held out" in capsys.readouterr().out
 
@@ -217,12 +228,25 @@ def test_losses_are_weighted_and_every_term_trains(tmp_path):
 
 def test_posterior_noise_is_a_function_of_the_step():
     trainer = VaeTrainer(parse_vae([*TOY])[0], torch.device("cpu"), compiled=False)
-    assert torch.equal(trainer.noise(3, 2), trainer.noise(3, 2)) and not torch.equal(trainer.noise(3, 2), trainer.noise(4, 2))
+    assert torch.equal(trainer.noise(3, 2), trainer.noise(3, 2)) and not torch.equal(
+        trainer.noise(3, 2), trainer.noise(4, 2)
+    )
     assert torch.equal(trainer.noise(3, 4)[:2], trainer.noise(3, 2))
 
 
 def test_training_lowers_the_loss_from_random_weights(tmp_path):
-    flags = ["--warm-start", "none", "--autoencoder.shortcut", "none", "--steps", "120", "--lr", "3e-3", "--align-weight", "0"]
+    flags = [
+        "--warm-start",
+        "none",
+        "--autoencoder.shortcut",
+        "none",
+        "--steps",
+        "120",
+        "--lr",
+        "3e-3",
+        "--align-weight",
+        "0",
+    ]
     assert run(tmp_path, *flags, "--name", "x") == 0
     losses = [r["l1"] for r in read_log(tmp_path / "x" / "log.jsonl") if "l1" in r]
     assert losses[-1] < 0.8 * losses[0]
