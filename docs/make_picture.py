@@ -73,4 +73,7 @@ if __name__ == "__main__":
     if not (folder / "results.json").is_file():
         sys.exit(f"error: {folder}: expected a finished run of train.vae, with results.json")
     where = [Path(p) for p in sys.argv[2:]]
-    main(folder, *(where + [Path("docs/reconstruction.png"), Path(f"benchmarks/results/{folder.name}.json")][len(where) :]))
+    main(
+        folder,
+        *(where + [Path("docs/reconstruction.png"), Path(f"benchmarks/results/{folder.name}.json")][len(where) :]),
+    )

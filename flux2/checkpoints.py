@@ -88,9 +88,9 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git LFS pointer, not the weights it points to; fetch them with 'git lfs pull'")
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        return _load_torch(path), {}
-    if len(head) < 9 or head[8:9] != b"{":
+    if head[8:9] != b"{":  # a safetensors header follows its length; that length may look like another file's mark
+        if head.startswith((b"PK\x03\x04", b"\x80")):
+            return _load_torch(path), {}
         raise ValueError(f"{path}: expected a .safetensors file, got {_looks_like(head)}")
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -293,3 +293,14 @@ def test_tensors_and_metadata_round_trip(tmp_path):
     save_tensors(tmp_path / "a.safetensors", {"x": torch.arange(6).view(2, 3).T}, {"k": "v"})
     tensors, metadata = load_tensors(tmp_path / "a.safetensors")
     assert torch.equal(tensors["x"], torch.arange(6).view(2, 3).T) and metadata == {"k": "v"}
+
+
+def test_a_header_of_128_bytes_is_not_taken_for_a_pickle(tmp_path):
+    """Its length begins the file as 0x80, which is also how a pickle begins."""
+    path = tmp_path / "a.safetensors"
+    for pad in range(200):
+        save_tensors(path, {"x": torch.zeros(1)}, {"pad": "-" * pad})
+        if path.read_bytes()[:8] == (128).to_bytes(8, "little"):
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert load_tensors(path)[1] == {"pad": "-" * pad}

@@ -1,0 +1,67 @@
+"""PSNR and SSIM against computations of their own."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import correlate1d
+
+from flux2.metrics import psnr, ssim
+
+
+def test_psnr_is_per_picture():
+    a = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    b = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    b[2] = a[2]
+    expected = [
+        10 * math.log10(255**2 / np.mean((x.astype(float) - y) ** 2))
+        for x, y in zip(a.numpy()[:2], b.numpy()[:2], strict=True)
+    ]
+    got = psnr(a, b)
+    assert got.dtype == torch.float64 and got[:2].tolist() == pytest.approx(expected) and got[2] == math.inf
+    one = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    assert psnr(one, one + 1).item() == pytest.approx(48.1308, abs=1e-4)
+
+
+def written_out_ssim(x, y):
+    """Wang et al. 2004 on one channel: 11-tap Gaussian of sigma 1.5, borders left out."""
+    taps = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    taps /= taps.sum()
+
+    def blur(a):
+        return correlate1d(correlate1d(a, taps, axis=0), taps, axis=1)[5:-5, 5:-5]
+
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return np.mean((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+
+
+def test_ssim_is_the_papers():
+    a = torch.randint(0, 256, (2, 3, 24, 30), dtype=torch.uint8)
+    b = (a.float() * 0.7 + torch.randint(0, 60, a.shape)).to(torch.uint8)
+    expected = [
+        np.mean([written_out_ssim(a[n, c].double().numpy(), b[n, c].double().numpy()) for c in range(3)])
+        for n in range(2)
+    ]
+    assert ssim(a, b).tolist() == pytest.approx(expected, abs=1e-6)
+    assert ssim(a, a).tolist() == pytest.approx([1, 1])
+
+
+def test_small_pictures_have_no_ssim():
+    x = torch.zeros(2, 3, 10, 40, dtype=torch.uint8)
+    assert ssim(x, x).isnan().all()
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_wrong_input_is_named(metric):
+    good = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="first argument: expected uint8 .*, got torch.float32"):
+        metric(good.float(), good)
+    with pytest.raises(
+        ValueError, match=r"second argument: expected uint8 \[N, 3, H, W\], got torch.uint8 \[1, 1, 16, 16\]"
+    ):
+        metric(good, good[:, :1])
+    with pytest.raises(ValueError, match="equal shapes"):
+        metric(good, good[:, :, :12])
