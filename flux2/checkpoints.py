@@ -237,6 +237,7 @@ def _network_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         raise ValueError(
             f"not an autoencoder of this family: expected encoder.conv_in.weight and the like, got {some}, ..."
         )
+    shortcut = tensors.get("encoder.shortcut.inner.weight")
     return {
         "z_channels": z_channels,
         "ch": ch,
@@ -245,7 +246,8 @@ def _network_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_res_blocks": per_level,
         "attn_levels": attn_levels,
         "quant_conv": "quant_conv.weight" in tensors or "encoder.quant_conv.weight" in tensors,
-        "shortcut": "patch" if "encoder.shortcut.weight" in tensors else "none",
+        "shortcut": "patch" if shortcut is not None else "none",
+        **({"shortcut_width": shortcut.shape[0]} if shortcut is not None else {}),
     }
 
 

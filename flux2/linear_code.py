@@ -91,12 +91,12 @@ def warm_start(ae: AutoEncoder, code: LinearCode, decoder: Tensor) -> None:
     mean_block = code.mean.repeat_interleave(f * f)
     into = code.components / scale[:, None]
     state = ae.state_dict()  # tensors that share the weights' memory
-    state["encoder.shortcut.weight"].zero_()
-    state["encoder.shortcut.weight"][:, :, 1, 1] = into
-    state["encoder.shortcut.bias"].copy_(-(into @ mean_block))
-    state["decoder.shortcut.weight"].copy_(decoder * scale.view(1, z, 1, 1))
-    state["decoder.shortcut.bias"].copy_(mean_block)
-    for last in ("encoder.conv_out", "decoder.conv_out"):
+    state["encoder.shortcut.linear.weight"].zero_()
+    state["encoder.shortcut.linear.weight"][:, :, 1, 1] = into
+    state["encoder.shortcut.linear.bias"].copy_(-(into @ mean_block))
+    state["decoder.shortcut.linear.weight"].copy_(decoder * scale.view(1, z, 1, 1))
+    state["decoder.shortcut.linear.bias"].copy_(mean_block)
+    for last in ("encoder.conv_out", "decoder.conv_out", "encoder.shortcut.outer", "decoder.shortcut.outer"):
         state[f"{last}.weight"].zero_()
         state[f"{last}.bias"].zero_()
     logvar_bias = state["encoder.quant_conv.bias" if ae.cfg.quant_conv else "encoder.conv_out.bias"]

@@ -33,10 +33,10 @@ class VaeConfig:
     """Crops a step."""
     steps: int = 500
     """Optimiser updates."""
-    lr: float = 3e-3
+    lr: float = 1e-3
     """Peak learning rate of AdamW."""
-    shortcut_lr: float = 0.03
-    """Learning rate of the linear shortcut, as a multiple of --lr."""
+    linear_lr: float = 0.1
+    """Learning rate of the shortcut's linear part, as a multiple of --lr."""
     warmup: int = 50
     """Steps of linear warm-up, before the cosine."""
     final_lr: float = 0.02
@@ -63,7 +63,7 @@ class VaeConfig:
     """Weight of the Laplacian-pyramid (perceptual) loss."""
     kl_weight: float = 1e-6
     """Weight of the KL divergence, mean per latent element."""
-    align_weight: float = 0.02
+    align_weight: float = 0.002
     """Weight of the semantic alignment of the latent to the teacher; 0 switches the teacher off."""
     teacher: Literal["hog"] = "hog"
     """Teacher of the semantic alignment."""
@@ -140,7 +140,7 @@ _PHOTOS = VaeConfig(
 
 VAE_PRESETS: dict[str, VaeConfig] = {
     "photos": _PHOTOS,
-    "photos-long": dataclasses.replace(_PHOTOS, preset="photos-long", steps=5000, warmup=200, ema_decay=0.998),
+    "photos-long": dataclasses.replace(_PHOTOS, preset="photos-long", steps=2500, warmup=100, ema_decay=0.995),
     "flux.2": VaeConfig(
         preset="flux.2",
         autoencoder=AUTOENCODERS["flux.2"],

@@ -198,7 +198,8 @@ pre {{ background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px }}
 <h1>{html.escape(folder.name)}</h1>
 <h2>Held-out reconstruction</h2>
 <p>{num_crops} crops of {side} pixels from pictures that training never sees; means of per-crop figures on 8-bit values.
-A code's size is the count of numbers it keeps of a crop's {3 * side * side}. PCA is fitted on the training pictures.</p>
+A code's size is the count of numbers it keeps of a crop's {3 * side * side}.
+PCA is fitted on the training pictures.</p>
 <table><tr><th>code</th><th>numbers a crop</th><th>PSNR, dB</th><th>SSIM</th></tr>{rows}</table>
 {_picture(samples / "reconstructions.png", "rows: original, ours, 5x error of ours, PCA, 5x error of PCA")}
 <h2>Held-out pictures, and the latent's three main components as colours</h2>

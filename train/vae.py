@@ -73,8 +73,8 @@ class VaeTrainer:
 
     def _optimiser(self) -> torch.optim.AdamW:
         groups = [
-            {"params": group, "rate": self.config.shortcut_lr if slow else 1.0}
-            for slow, group in parameters_by_rate(self.trained, "shortcut")
+            {"params": group, "rate": self.config.linear_lr if slow else 1.0}
+            for slow, group in parameters_by_rate(self.trained, "linear")
         ]
         decay = self.config.weight_decay
         return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, weight_decay=decay, fused=True)

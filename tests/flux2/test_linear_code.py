@@ -71,11 +71,11 @@ def test_context_decoder_is_the_least_squares_solution():
     warm_start(ae, code, fit_context_decoder(code, x))
     best = (ae(x)[0] - x).square().mean()
     assert best < 0.9 * plain
-    (gradient,) = torch.autograd.grad(best, ae.decoder.shortcut.weight)
-    step = 1e-2 * gradient / gradient.norm() * ae.decoder.shortcut.weight.norm()
+    (gradient,) = torch.autograd.grad(best, ae.decoder.shortcut.linear.weight)
+    step = 1e-2 * gradient / gradient.norm() * ae.decoder.shortcut.linear.weight.norm()
     with torch.no_grad():
         for sign in (1, -2):  # to one side, then to the other
-            ae.decoder.shortcut.weight.add_(sign * step)
+            ae.decoder.shortcut.linear.weight.add_(sign * step)
             assert (ae(x)[0] - x).square().mean() >= best
 
 
