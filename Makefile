@@ -13,7 +13,7 @@ help:
 	@echo "make bench    run the micro-benchmarks"
 	@echo "make lint     ruff and pyright"
 	@echo "make format   let ruff rewrite the layout"
-	@echo "make picture  train photos-long and redraw the README's picture and figures"
+	@echo "make picture  train photos and photos-long, redraw the README's picture and table"
 	@echo "make clean    remove .venv and caches"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -41,8 +41,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 picture: $(STAMP)
-	$(BIN)/python -m train.vae --preset photos-long --name photos-long --resume auto $(ARGS)
-	$(BIN)/python docs/make_picture.py runs/photos-long
+	$(BIN)/python -m train.vae --preset photos --name photos --resume auto
+	$(BIN)/python -m train.vae --preset photos-long --name photos-long --resume auto
+	$(BIN)/python docs/make_picture.py runs/photos runs/photos-long
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks *.egg-info build dist

@@ -1,14 +1,16 @@
-"""Redraws the README's picture and copies a run's figures into the repository: `make picture`.
+"""Redraws the README's picture and table and copies runs' figures into the repository: `make picture`.
 
-    python docs/make_picture.py runs/photos-long [docs/reconstruction.png] [benchmarks/results/photos-long.json]
+    python docs/make_picture.py runs/photos runs/photos-long
 
-Cuts of the two held-out photographs, from the run's averaged weights: original, bicubic and PCA at the same number of
-values, ours, and each one's error times five. The JSON holds results.json, the environment and the config of the run.
+The picture is of the last run: cuts of the two held-out photographs, original, bicubic and PCA at the same number of
+values, ours, and each one's error times five. benchmarks/results/NAME.json holds a run's results.json, environment and
+config; the README's table is written from all of these.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -25,10 +27,39 @@ from train.data import embedded_photographs
 from train.report import yardsticks
 from train.vae import fit_code, plain_crops, reconstruct_uint8
 
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PRESETS = ("photos", "photos-long")
 CUTS = ((0, 96, 330, 128), (1, 60, 160, 128))  # picture, top, left, side
+MARKED = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
-def main(run: Path, picture: Path, figures: Path) -> None:
+def copy_figures(run: Path) -> None:
+    """benchmarks/results/NAME.json from a finished run."""
+    environment = json.loads((run / "env.json").read_text())
+    environment.pop("command")  # may name folders of the machine
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    results = json.loads((run / "results.json").read_text())
+    save_json(RESULTS / f"{config['preset']}.json", {"environment": environment, "config": config, **results})
+
+
+def table() -> str:
+    """The README's table in Markdown, from benchmarks/results."""
+    runs = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in PRESETS}
+    lines = ["| code | numbers a crop | PSNR, dB | SSIM |", "|---|---|---|---|"]
+    rows = {label: row for label, row in runs["photos"]["held_out"].items() if not label.startswith("ours")}
+    for name, run in runs.items():
+        label = f"`{name}`: {run['last']['nimg']:,} crops at {run['last']['images_per_second']:.0f} a second"
+        rows[label] = run["held_out"]["ours (EMA)"]
+    for label, row in rows.items():
+        lines.append(f"| {label} | {row['numbers_per_crop']:,} | {row['psnr_db']:.2f} | {row['ssim']:.4f} |")
+    env = runs["photos-long"]["environment"]
+    machine = f"{env['processor']}, {env['threads']} threads, torch {env['packages']['torch']}, commit {env['commit']}."
+    return "\n".join([*lines, "", machine]) + "\n"
+
+
+def draw(run: Path, picture: Path) -> None:
+    """The picture, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -58,22 +89,19 @@ def main(run: Path, picture: Path, figures: Path) -> None:
                 axis.set_yticks([])
             if not column:
                 below.axis("off")
-    picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=80)
-    environment = json.loads((run / "env.json").read_text())
-    environment.pop("command")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    results = json.loads((run / "results.json").read_text())
-    save_json(figures, {"environment": environment, "config": config, **results})
-    print(f"wrote {picture} and {figures}")
+
+
+def main(runs: list[Path]) -> None:
+    for run in runs:
+        if not (run / "results.json").is_file():
+            sys.exit(f"error: {run}: expected a finished run of train.vae, with results.json")
+        copy_figures(run)
+    draw(runs[-1], ROOT / "docs" / "reconstruction.png")
+    readme = ROOT / "README.md"
+    readme.write_text(MARKED.sub(lambda m: m[1] + table() + m[2], readme.read_text()))
+    print(f"wrote {RESULTS}, {ROOT / 'docs' / 'reconstruction.png'} and the table of {readme}")
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("runs/photos-long")
-    if not (folder / "results.json").is_file():
-        sys.exit(f"error: {folder}: expected a finished run of train.vae, with results.json")
-    where = [Path(p) for p in sys.argv[2:]]
-    main(
-        folder,
-        *(where + [Path("docs/reconstruction.png"), Path(f"benchmarks/results/{folder.name}.json")][len(where) :]),
-    )
+    main([Path(p) for p in sys.argv[1:]] or [ROOT / "runs" / name for name in PRESETS])

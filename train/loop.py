@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import signal
 import subprocess
@@ -54,9 +53,13 @@ def cosine_lr(step: int, *, steps: int, warmup: int, final: float) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory the run has held: of the GPU's allocator on cuda, else of the process."""
+    """Most memory the run has held: of the GPU's allocator on cuda, else of the process (0 where Windows runs it)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 

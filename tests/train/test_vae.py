@@ -15,12 +15,14 @@ import torch
 import yaml
 from PIL import Image
 
-from flux2 import load_autoencoder
+from flux2 import AutoEncoder, load_autoencoder
 from flux2.checkpoints import load_tensors
 from flux2.latents import patchify
+from flux2.losses import l1, laplacian_loss
 from train import vae
 from train.configs import VAE_PRESETS, parse_vae
 from train.data import CropBatches, embedded_photographs
+from train.estimate import step_cost
 from train.loop import Checkpoints, read_log
 from train.vae import VaeTrainer, check_finite, main
 
@@ -276,3 +278,20 @@ def test_default_preset_is_the_issue_of_minutes():
     config = VAE_PRESETS["photos"]
     assert (config.data, config.teacher, config.autoencoder.shortcut) == ("photographs", "hog", "patch")
     assert min(config.l1_weight, config.laplacian_weight, config.kl_weight, config.align_weight) > 0
+
+
+def test_estimated_bytes_are_those_autograd_saves():
+    config = dataclasses.replace(parse_vae([*TOY])[0], precision="fp32")
+    parameters, flops, estimated = step_cost(config)
+    ae = AutoEncoder(config.autoencoder)
+    own = {p.data_ptr() for p in ae.parameters()}
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
+    ):
+        x = torch.rand(1, 3, 32, 32)
+        recon, posterior = ae(x, sample=True)
+        loss = l1(recon, x) + laplacian_loss(recon, x) + posterior.kl().mean()
+    measured = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+    assert loss.requires_grad and parameters == sum(p.numel() for p in ae.parameters()) and flops > 0
+    assert estimated == pytest.approx(measured, rel=0.1)

@@ -1,0 +1,56 @@
+"""The README says what the committed results say, and names only what exists."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def make_picture():
+    spec = importlib.util.spec_from_file_location("make_picture", ROOT / "docs" / "make_picture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table_is_that_of_the_results(make_picture):
+    assert f"<!-- figures -->\n{make_picture.table()}<!-- /figures -->" in README
+
+
+@pytest.mark.parametrize("name", ["photos", "photos-long"])
+def test_results_are_of_the_presets_that_ship(name):
+    from train.configs import VAE_PRESETS, differences, to_dict
+
+    saved = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    changed = differences(saved["config"], to_dict(VAE_PRESETS[name]))
+    assert [line for line in changed if not line.startswith("precision")] == []
+
+
+def test_quoted_last_line_is_the_runs():
+    psnr = json.loads((ROOT / "benchmarks/results/photos.json").read_text())["held_out"]["ours (EMA)"]["psnr_db"]
+    assert f"held-out PSNR {psnr:.2f} dB (EMA, 256 crops)" in README and psnr >= 33
+
+
+def test_long_preset_passes_pca():
+    held = json.loads((ROOT / "benchmarks/results/photos-long.json").read_text())["held_out"]
+    pca = next(row for label, row in held.items() if label.startswith("PCA"))
+    assert held["ours (EMA)"]["psnr_db"] > pca["psnr_db"]
+    assert held["ours (EMA)"]["numbers_per_crop"] == pca["numbers_per_crop"]
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`?make ([a-z]+)", README + (ROOT / "CONTRIBUTING.md").read_text())):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
