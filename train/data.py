@@ -7,6 +7,7 @@ rotation and colour, so that any number of workers and any resume give the same 
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -186,6 +187,11 @@ def _colours(batch: Tensor, draws: Tensor, strength: float) -> Tensor:
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
+def _ignore_interrupts(_: int) -> None:
+    """A terminal sends Ctrl-C to worker processes too; when to stop is the main process's to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def batches(dataset: CropBatches, start: int, stop: int, *, workers: int) -> Iterator[Tensor]:
     """Batches of steps start .. stop - 1, in order, uint8 [n, 3, R, R]; `workers` processes read ahead (0: none)."""
     loader = DataLoader(
@@ -194,6 +200,7 @@ def batches(dataset: CropBatches, start: int, stop: int, *, workers: int) -> Ite
         sampler=range(start, stop),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_ignore_interrupts,
         pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)

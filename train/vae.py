@@ -169,7 +169,7 @@ def usable_compiler(device: torch.device) -> bool:
     return True
 
 
-def describe(config: VaeConfig, run: RunOptions) -> str:
+def describe(config: VaeConfig) -> str:
     """The resolved config as YAML, as it is printed and saved."""
     import yaml
 
@@ -183,7 +183,7 @@ def train(config: VaeConfig, run: RunOptions) -> int:
     if run.dry_run:
         from train.estimate import estimate
 
-        print(describe(config, run) + estimate(config))
+        print(describe(config) + estimate(config))
         return 0
     resuming = run.resume == "auto"
     folder = (latest_run_folder if resuming else new_run_folder)(run.out, run.name, config.preset)
@@ -197,7 +197,7 @@ def train(config: VaeConfig, run: RunOptions) -> int:
             raise ValueError(f"{folder} was started with another config; " + "; ".join(changed))
     pictures, held_out = open_pictures(config.data, config.held_out)
     folder.mkdir(parents=True, exist_ok=True)
-    text = describe(config, run)
+    text = describe(config)
     (folder / "config.yaml").write_text(text)
     save_json(folder / "env.json", environment(device))
     print(text + f"{len(pictures)} training pictures, {len(held_out)} held out; {device}, {config.precision}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
@@ -151,22 +152,24 @@ def test_a_finished_run_resumes_to_its_report(tmp_path, capsys):
     assert capsys.readouterr().out.strip().splitlines()[-1] == first
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interruption_saves_and_says_how_to_go_on(tmp_path, number):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
+def test_interruption_saves_and_says_how_to_go_on(tmp_path, number, workers):
+    """Sent to the whole process group, as a terminal sends Ctrl-C."""
     code = "import train.vae as v; v.FITTED_PIXELS = 65536; v.HELD_OUT_CROPS = 16; raise SystemExit(v.main())"
-    flags = ["--steps", "100000", "--name", "x", "--out", str(tmp_path)]
+    flags = ["--steps", "100000", "--name", "x", "--out", str(tmp_path), "--workers", str(workers)]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *TOY, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
+        start_new_session=True,
     )
     log = tmp_path / "x" / "log.jsonl"
     deadline = time.monotonic() + 120
     while len(read_log(log)) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number, out
     assert "go on with --resume auto --name x" in out.strip().splitlines()[-1]
