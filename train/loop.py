@@ -250,7 +250,7 @@ class Progress:
         from tqdm import tqdm
 
         self.batch, self.device = batch, device
-        self._times: list[tuple[float, int]] = []
+        self._times = [(time.monotonic(), start)]
         self._terminal = sys.stderr.isatty()
         self._printed = time.monotonic()
         self._steps = steps
@@ -260,13 +260,11 @@ class Progress:
             unit="step",
             dynamic_ncols=True,
             disable=not self._terminal,
-            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} eta {remaining} {postfix}",
+            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} eta {remaining}{postfix}",
         )
 
     def images_per_second(self) -> float:
-        """Over the last 50 steps; 0 before the second."""
-        if len(self._times) < 2:
-            return 0.0
+        """Over the last 50 updates of the line; 0 before the first."""
         (t0, s0), (t1, s1) = self._times[0], self._times[-1]
         return (s1 - s0) * self.batch / max(1e-9, t1 - t0)
 
@@ -275,8 +273,8 @@ class Progress:
         now = time.monotonic()
         self._times = [*self._times[-50:], (now, done)]
         rate = self.images_per_second()
-        text = " ".join(f"{k} {v:.4g}" for k, v in losses.items())
-        text += f" | {rate:.0f} img/s | peak {peak_memory_bytes(self.device) / 2**30:.2f} GiB"
+        text = f"{rate:.0f} img/s, peak {peak_memory_bytes(self.device) / 2**30:.2f} GiB, "
+        text += " ".join(f"{k} {v:.3g}" for k, v in losses.items())  # last: a narrow terminal cuts the line
         if self._terminal:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
