@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux2.latents import patchify, unpatchify
+from flux2.layers import EdgeConv2d
 
 NORM_EPS = 1e-6  # every GroupNorm
 BN_EPS, BN_MOMENTUM = 1e-4, 0.1  # FLUX.2's latent BatchNorm
@@ -223,12 +224,8 @@ class PatchShortcut(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, width: int) -> None:
         super().__init__()
-
-        def conv(i: int, o: int) -> nn.Conv2d:
-            return nn.Conv2d(i, o, 3, padding=1, padding_mode="replicate")
-
-        self.linear = conv(in_channels, out_channels)
-        self.inner, self.outer = conv(in_channels, width), conv(width, out_channels)
+        self.linear = EdgeConv2d(in_channels, out_channels)
+        self.inner, self.outer = EdgeConv2d(in_channels, width), EdgeConv2d(width, out_channels)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)  # pyright: ignore[reportArgumentType]
 

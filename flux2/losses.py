@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flux2.layers import pad_edges
+
 _BINOMIAL = (1.0, 4.0, 6.0, 4.0, 1.0)  # Burt & Adelson 1983, a = 0.375
 
 
@@ -18,8 +20,7 @@ def _blur(x: Tensor) -> Tensor:
     """5-tap binomial filter along both axes, edges replicated. [N, C, h, w] -> same"""
     taps = torch.tensor(_BINOMIAL, dtype=x.dtype, device=x.device) / 16
     kernel = taps.view(1, 1, 1, 5).expand(x.shape[1], 1, 1, 5)
-    x = F.pad(x, (2, 2, 2, 2), mode="replicate")
-    return F.conv2d(F.conv2d(x, kernel, groups=x.shape[1]), kernel.transpose(2, 3), groups=x.shape[1])
+    return F.conv2d(F.conv2d(pad_edges(x, 2), kernel, groups=x.shape[1]), kernel.transpose(2, 3), groups=x.shape[1])
 
 
 def laplacian_pyramid(x: Tensor, levels: int) -> list[Tensor]:

@@ -62,7 +62,12 @@ def uniform(
     stream: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """fp32 [n, count] in (0, 1): u = ((r >> 9) + 0.5) 2^-23; row i depends on (seed, step, first_index + i, stream)."""
+    """fp32 [n, count] in (0, 1): u = ((r >> 9) + 0.5) 2^-23; row i depends on (seed, step, first_index + i, stream).
+
+    ValueError as `philox_uint32`, and if an index is not in [0, 2^32).
+    """
+    if not 0 <= first_index <= first_index + n <= 2**32:
+        raise ValueError(f"first_index: expected indices in [0, 2^32), got {first_index} and {n} of them")
     index = torch.arange(first_index, first_index + n, device=device)
     words = philox_uint32(seed, step, index, stream, -(-count // 4), device)[:, :count]
     return ((words >> 9).float() + 0.5) * 2.0**-23

@@ -31,7 +31,7 @@ class VaeConfig:
     """Side of the training crops, pixels."""
     batch: int = 16
     """Crops a step."""
-    steps: int = 500
+    steps: int = 300
     """Optimiser updates."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""

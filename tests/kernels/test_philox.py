@@ -78,3 +78,16 @@ def test_laws():
 def test_ranges_are_named(seed, step, name):
     with pytest.raises(ValueError, match=f"{name}: expected a number in"):
         uniform(seed, step, 0, 1, 1)
+
+
+@pytest.mark.parametrize(("first_index", "n"), [(-1, 2), (2**32, 1), (2**32 - 1, 2)])
+def test_indices_are_32_bits(first_index, n):
+    """A 33rd bit would leave the counter's word, and two samples would share their numbers or break the products."""
+    with pytest.raises(ValueError, match="first_index: expected indices in"):
+        uniform(0, 0, first_index, n, 1)
+    assert uniform(0, 0, 2**32 - 1, 1, 4).shape == (1, 4)
+
+
+def test_compiles_to_one_graph():
+    compiled = torch.compile(normal, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(1, 2, 3, (2, 3, 5, 5)), normal(1, 2, 3, (2, 3, 5, 5)))

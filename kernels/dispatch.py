@@ -1,0 +1,62 @@
+"""Which implementation of an op runs: the one place that asks what machine this is."""
+
+from __future__ import annotations
+
+import os
+
+from torch import Tensor
+
+try:
+    import triton  # noqa: F401 - missing on macOS and Windows
+except ImportError:
+    _HAS_TRITON = False
+else:
+    _HAS_TRITON = True
+
+# Triton reads it when a kernel is defined, so a later change of the environment changes nothing.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+GPU_TYPES = ("cuda", "xpu")  # HIP devices call themselves cuda
+BACKENDS = ("torch", "triton")
+
+
+def has_triton() -> bool:
+    """Whether triton can be imported."""
+    return _HAS_TRITON
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1 was set when this module was imported: kernels then run on CPU tensors."""
+    return _INTERPRETING
+
+
+def _why_not_triton(x: Tensor, supported: tuple[str, ...]) -> str | None:
+    """The reason why a Triton kernel cannot run on x, or None."""
+    if "triton" not in supported:
+        return "this op has no Triton kernel"
+    if not has_triton():
+        return "triton is not installed"
+    if x.device.type in GPU_TYPES or (x.device.type == "cpu" and interpreting()):
+        return None
+    if x.device.type == "cpu":
+        return "CPU tensors need TRITON_INTERPRET=1 in the environment before the import"
+    return f"there is no Triton for {x.device.type} tensors"
+
+
+def resolve(op_name: str, backend: str, x: Tensor, supported: tuple[str, ...] = BACKENDS) -> str:
+    """The backend that runs `op_name` on x: an entry of `supported`. Depends on x's device only.
+
+    "auto" is Triton where the op has a kernel and x is on a CUDA, HIP or XPU device, else torch: also in the
+    interpreter, which is for tests. ValueError names why an explicit backend cannot run, or the names there are.
+    """
+    allowed = ("auto", *dict.fromkeys((*BACKENDS, *supported)))
+    if backend not in allowed:
+        raise ValueError(f"{op_name}: backend: expected one of {', '.join(allowed)}, got {backend!r}")
+    if backend == "auto":
+        return "triton" if x.device.type in GPU_TYPES and _why_not_triton(x, supported) is None else "torch"
+    why = _why_not_triton(x, supported) if backend == "triton" else None
+    if why is None and backend not in supported:
+        why = "this op does not have it"
+    if why:
+        raise ValueError(f"{op_name}: backend {backend!r} cannot run: {why}")
+    return backend
