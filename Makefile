@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)
 	$(BIN)/python -m train.vae --compile $(ARGS)
 
-# Two processes of one thread each: more than 1.7 times as fast on two cores as one process of two threads.
+# Two processes of one thread each, for two cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
