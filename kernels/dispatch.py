@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+triton: Any  # to type checkers a kernel is the function that it is written as
+if TYPE_CHECKING:
+    import triton.language as tl
 try:
-    import triton  # noqa: F401 - missing on macOS and Windows
-except ImportError:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows
+
+    class _Missing:
+        """Lets kernel files be imported; `resolve` keeps their kernels from running."""
+
+        def jit(self, fn=None, **_):
+            return fn if fn is not None else self.jit
+
+    triton = tl = _Missing()
     _HAS_TRITON = False
 else:
     _HAS_TRITON = True
@@ -30,31 +44,39 @@ def interpreting() -> bool:
     return _INTERPRETING
 
 
-def _why_not_triton(x: Tensor, supported: tuple[str, ...]) -> str | None:
+def _why_not_triton(x: Tensor, supported: tuple[str, ...], unsupported: Callable[[Tensor], str | None]) -> str | None:
     """The reason why a Triton kernel cannot run on x, or None."""
     if "triton" not in supported:
         return "this op has no Triton kernel"
     if not has_triton():
         return "triton is not installed"
     if x.device.type in GPU_TYPES or (x.device.type == "cpu" and interpreting()):
-        return None
+        return unsupported(x)
     if x.device.type == "cpu":
         return "CPU tensors need TRITON_INTERPRET=1 in the environment before the import"
     return f"there is no Triton for {x.device.type} tensors"
 
 
-def resolve(op_name: str, backend: str, x: Tensor, supported: tuple[str, ...] = BACKENDS) -> str:
-    """The backend that runs `op_name` on x: an entry of `supported`. Depends on x's device only.
+def resolve(
+    op_name: str,
+    backend: str,
+    x: Tensor,
+    supported: tuple[str, ...] = BACKENDS,
+    unsupported: Callable[[Tensor], str | None] = lambda x: None,
+) -> str:
+    """The backend that runs `op_name` on x: an entry of `supported`. A pure function of x's device, dtype and strides.
 
-    "auto" is Triton where the op has a kernel and x is on a CUDA, HIP or XPU device, else torch: also in the
-    interpreter, which is for tests. ValueError names why an explicit backend cannot run, or the names there are.
+    "auto" is Triton where the op has a kernel that takes x and x is on a CUDA, HIP or XPU device, else torch: also in
+    the interpreter, which is for tests. `unsupported` gives the op's own reason against a kernel on x, or None.
+    ValueError names why an explicit backend cannot run, or the names there are.
     """
     allowed = ("auto", *dict.fromkeys((*BACKENDS, *supported)))
     if backend not in allowed:
         raise ValueError(f"{op_name}: backend: expected one of {', '.join(allowed)}, got {backend!r}")
     if backend == "auto":
-        return "triton" if x.device.type in GPU_TYPES and _why_not_triton(x, supported) is None else "torch"
-    why = _why_not_triton(x, supported) if backend == "triton" else None
+        on_gpu = x.device.type in GPU_TYPES
+        return "triton" if on_gpu and _why_not_triton(x, supported, unsupported) is None else "torch"
+    why = _why_not_triton(x, supported, unsupported) if backend == "triton" else None
     if why is None and backend not in supported:
         why = "this op does not have it"
     if why:
