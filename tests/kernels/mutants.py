@@ -1,0 +1,125 @@
+"""Breaks the kernels on purpose, one way at a time, and says which breaks the comparison with fp64 lets through.
+
+`TRITON_INTERPRET=1 PYTHONPATH=tests python tests/kernels/mutants.py FOLDER` copies kernels/ into FOLDER once
+a mutant, under a name of its own, changes one piece of text, and runs the checks on the copy in Triton's interpreter,
+each in a process of its own. The unchanged copy must pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from gradients import LAYOUTS, check, eager_norm, randn
+from interpreter import add_as_a_tree
+
+ROOT = Path(__file__).parents[2]
+
+# name -> file, what to replace, by what
+MUTANTS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "no mask for the last rows in statistics": (
+        ("group_stats.py", "welford(x - pivot, keep,", "welford(x - pivot, step > 0,"),
+    ),
+    "count of a cut chunk": (
+        ("group_stats.py", "tl.minimum(L - chunk * chunk_rows, chunk_rows), 0)", "chunk_rows, 0)"),
+    ),
+    "gradient without the term of the variance": (("group_norm.py", " - k1 - centred * k2", " - k1"),),
+    "gradient without the term of the mean": (("group_norm.py", " - k1 - centred * k2", " - centred * k2"),),
+    "channels a group rounded up to a power of two": (
+        ("group_norm.py", "p.channels // stats.shape[1],", "triton.next_power_of_2(p.channels // stats.shape[1]),"),
+    ),
+    "two spatial dimensions only": (
+        ("tiles.py", "    rows = x.numel() // (n * channels)\n", "    rows = x.shape[2:4].numel()\n"),
+    ),
+    "variance as the mean square less the squared mean": (
+        ("group_stats.py", "m2 += tl.where(keep, delta * (x - mean), 0.0)", "m2 += tl.where(keep, x * x, 0.0)"),
+        ("group_stats.py", "welford(x - pivot,", "welford(x,"),
+        ("group_stats.py", "tl.sum(m2 + count * gap * gap, 0)", "tl.sum(m2, 0) - tl.sum(count, 0) * mean_c * mean_c"),
+        ("group_stats.py", "tl.store(out, pivot, mask=c < C)", "tl.store(out, pivot * 0.0, mask=c < C)"),
+    ),
+    "derivative of SiLU without its second term": (("group_norm.py", " * (1.0 + z * (1.0 - sigmoid))", ""),),
+    "input bias left out of the normalised value": (
+        ("group_norm.py", "shift -= tl.load(input_bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)", "shift -= 0.0"),
+    ),
+    "every chunk's partial sums in one place": (
+        ("group_norm.py", "(n.to(tl.int64) * chunks + chunk) * (2 * C)", "(n.to(tl.int64) * chunks) * (2 * C)"),
+    ),
+    "statistics of the sum before it is rounded": (
+        ("conv_block.py", "        y = y.to(y_ptr.dtype.element_ty)\n", ""),
+        ("conv_block.py", "y_ss, y, mask=keep)", "y_ss, y.to(y_ptr.dtype.element_ty), mask=keep)"),
+    ),
+    "bias of the sum left out": (("conv_block.py", "    return y + bias\n", "    return y\n"),),
+}  # fmt: skip
+
+# Three channels a group, odd sides, spatial rank 1 to 3, cut chunks; the last needs three of them in channels_last
+SHAPES = [((2, 12, 5, 7), 4), ((3, 32, 40), 2), ((2, 6, 3, 3, 3), 3), ((1, 128, 13, 11), 8)]
+
+
+def compare(package) -> None:
+    """Every op of the package against fp64, in both layouts; AssertionError where it is worse than eager torch."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
+    for shape, groups in SHAPES:
+        for layout in LAYOUTS:
+            x, dy = randn(shape, layout=layout), randn(shape, layout=layout)
+            w, b, i = (randn(shape[1]) for _ in range(3))
+
+            def op(x, w, b, i, groups=groups):
+                return package.group_norm_silu(x, w, b, groups, input_bias=i, backend="triton")
+
+            check(op, eager_norm(groups), [x, w, b, i], dy)
+            y, _ = package.add_bias_group_stats(x, dy, b, groups, backend="triton")
+            close(y, x.double() + dy.double() + b.double().view(-1, *[1] * (x.ndim - 2)), 1e-6, "sum")
+            half = x.half() * 1000 + 7  # the sum is rounded by a lot
+            y, stats = package.add_bias_group_stats(half, half, b, groups, backend="triton")
+            values = y.double().reshape(shape[0], groups, -1)
+            close(stats[..., 0], values.mean(2), 1e-6, "mean of what is stored", values.abs().max())
+            close(stats[..., 1], values.var(2, correction=0), 2e-6, "variance of what is stored")
+    far, w, b = randn((1, 8, 16, 24)) * 0.1 + 300, torch.ones(8), torch.zeros(8)
+    y = package.group_norm(far, w, b, 2, backend="triton")
+    close(y, eager_norm(2, silu=False)(far.double(), w.double(), b.double()), 1e-3, "norm of values far from zero")
+
+
+def close(got, truth, tolerance: float, what: str, size=None) -> None:
+    """Relative to `size`, truth's own if not given."""
+    error = (got.double() - truth).abs().max() / (truth.abs().max() if size is None else size)
+    assert error <= tolerance, f"{what}: relative error {error:.1e}"
+
+
+def rejected(folder: Path, name: str, changes: tuple[tuple[str, str, str], ...]) -> str | None:
+    """The error that a copy of the package with those changes runs into, or None."""
+    package = "mutant_" + "".join(c if c.isalnum() else "_" for c in name)
+    shutil.copytree(ROOT / "kernels", folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, old, new in changes:
+        path = folder / package / file
+        text = path.read_text()
+        assert old in text, f"{name}: {file} has no {old!r}"
+        path.write_text(text.replace(old, new))
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:  # a mutant may write where it should not
+        try:
+            compare(importlib.import_module(package))
+        except AssertionError as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.close(writer)
+    _, status = os.waitpid(child, 0)
+    said = os.fdopen(reader).read()
+    return said or (None if status == 0 else f"the process ended with status {status}")
+
+
+def main() -> None:
+    add_as_a_tree()
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    sys.path.insert(0, str(folder))
+    for name, changes in {"unchanged": (), **MUTANTS}.items():
+        print(f"{name}: {rejected(folder, name, changes) or 'passed'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Every kernel compiled for sm_80, sm_90, sm_100 and gfx942, without a GPU: what its code holds, and that it grew not.
+
+tests/kernels/aot.py compiles; `python tests/kernels/aot.py --update` rewrites the table after a change that is meant.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+AOT = Path(__file__).with_name("aot.py")
+TABLE = json.loads(AOT.with_name("aot_table.json").read_text())
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block may ask for
+REGISTER_LIMIT = 128  # four blocks of 128 threads a multiprocessor
+UNALIGNED = ("last-ragged", "first-ragged")  # cannot be read 16 bytes at a time
+STORES = ("_apply_kernel", "_grad_input_kernel", "_add_bias_stats_kernel")
+
+
+def aot(cache: Path, *arguments: str):
+    """What aot.py prints, in a process without the interpreter, with that folder as cache of compiled kernels"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    out = subprocess.run([sys.executable, AOT, *arguments], capture_output=True, text=True, timeout=600, env=env)
+    assert out.returncode == 0, out.stderr[-3000:]
+    return json.loads(out.stdout)
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "gfx942"])
+def target(request, tmp_path_factory):
+    """(name, rows)"""
+    return request.param, aot(tmp_path_factory.mktemp("triton"), request.param)["targets"][request.param]
+
+
+def passes_over_x(rows):
+    """Those that read or write all of x."""
+    return {name: row for name, row in rows.items() if "_merge_" not in name}
+
+
+def test_code(target):
+    name, rows = target
+    for kernel, row in rows.items():
+        assert row["spilled"] == 0, f"{kernel} on {name} spills {row['spilled']} bytes"
+        assert row["fp64"] == 0, f"{kernel} on {name} computes in fp64, with eps handed over as fp64 or without"
+        assert row["traps"] == 0 and row["tensor_memory"] <= 512, f"{kernel} on {name} has an empty body"
+        assert row["shared"] <= SHARED_LIMIT[name], f"{kernel} on {name} needs {row['shared']} bytes of shared memory"
+        assert row["registers"] <= REGISTER_LIMIT, f"{kernel} on {name} needs {row['registers']} registers"
+
+
+def test_reads_and_writes_16_bytes_at_a_time(target):
+    name, rows = target
+    for kernel, row in passes_over_x(rows).items():
+        if not kernel.startswith(UNALIGNED):
+            assert row["loads_128_bit"] > 0, f"{kernel} on {name} does not load 128 bits at a time"
+            assert row["stores_128_bit"] > 0 or not any(k in kernel for k in STORES), f"{kernel} on {name}: stores"
+
+
+def test_no_kernel_needs_more_than_the_table_says(target):
+    name, rows = target
+    assert triton.__version__ == TABLE["triton"], "the table is of another triton: python tests/kernels/aot.py --update"
+    known = TABLE["targets"][name]
+    assert rows.keys() == known.keys(), "kernels came or went: python tests/kernels/aot.py --update"
+    risen = [
+        f"{kernel} on {name}: {key} {known[kernel][key]} -> {row[key]}"
+        for kernel, row in rows.items()
+        for key in ("registers", "shared", "instructions")
+        if row[key] > known[kernel][key]
+    ]
+    assert not risen, "\n".join(risen)
+
+
+def test_the_table_has_every_target():
+    assert set(TABLE["targets"]) == set(SHARED_LIMIT)
+
+
+def test_a_new_resolution_compiles_nothing(tmp_path):
+    compiled = aot(tmp_path, "--variants")
+    assert len(compiled) > 8 and set(compiled.values()) == {1}, compiled
