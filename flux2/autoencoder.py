@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flux2.blocks import NORM_EPS, Block, Level, Middle
 from flux2.latents import patchify, unpatchify
 from flux2.layers import EdgeConv2d
+from kernels.dispatch import BACKENDS
 
-NORM_EPS = 1e-6  # every GroupNorm
 BN_EPS, BN_MOMENTUM = 1e-4, 0.1  # FLUX.2's latent BatchNorm
 LOGVAR_RANGE = (-30.0, 20.0)  # LDM
 
@@ -119,102 +119,6 @@ class Posterior:
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).mean(1)
 
 
-class ResBlock(nn.Module):
-    """GroupNorm-SiLU-conv3x3 twice, plus a skip that is 1x1 where the width changes. [N, in, h, w] -> [N, out, h, w]"""
-
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups, in_channels, NORM_EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(num_groups, out_channels, NORM_EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        self.same_width = in_channels == out_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.same_width else self.nin_shortcut(x))
-
-
-class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions, head dimension = channels. [N, C, h, w] -> same"""
-
-    def __init__(self, channels: int, num_groups: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(num_groups, channels, NORM_EPS)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
-        n, c, h, w = x.shape
-        q, k, v = (m(normed).flatten(2).transpose(1, 2).unsqueeze(1) for m in (self.q, self.k, self.v))  # [N, 1, hw, C]
-        out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(n, c, h, w))
-
-
-class Downsample(nn.Module):
-    """Halves the sides: zeros on the right and below, then conv3x3 of stride 2."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Doubles the sides: nearest neighbour, then conv3x3."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Middle(nn.Module):
-    """Residual block, attention, residual block at the coarsest level."""
-
-    def __init__(self, channels: int, num_groups: int) -> None:
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels, num_groups)
-        self.attn_1 = AttnBlock(channels, num_groups)
-        self.block_2 = ResBlock(channels, channels, num_groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Level(nn.Module):
-    """Residual blocks widths[0] -> widths[1] -> ..., attention after each where asked, then a change of sides."""
-
-    def __init__(self, widths: list[int], *, attention: bool, num_groups: int, resample: str) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(ResBlock(i, o, num_groups) for i, o in pairwise(widths))
-        self.attn = nn.ModuleList(AttnBlock(o, num_groups) for o in widths[1:] if attention)
-        self.resample = resample
-        if resample == "down":
-            self.downsample = Downsample(widths[-1])
-        elif resample == "up":
-            self.upsample = Upsample(widths[-1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for j, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[j](x)
-        if self.resample == "down":
-            return self.downsample(x)
-        return self.upsample(x) if self.resample == "up" else x
-
-
 class PatchShortcut(nn.Module):
     """conv3x3, plus conv3x3-SiLU-conv3x3, on the grid of f x f pixel blocks. [N, in, h, w] -> [N, out, h, w]
 
@@ -233,11 +137,11 @@ class PatchShortcut(nn.Module):
         return self.linear(x) + self.outer(F.silu(self.inner(x)))
 
 
-class Encoder(nn.Module):
+class Encoder(Block):
     """Pixels [N, 3, H, W] -> moments [N, 2z, H/f, W/f]; the 1x1 quant_conv included."""
 
     def __init__(self, cfg: AutoencoderConfig) -> None:
-        super().__init__()
+        super().__init__(cfg.num_groups)
         widths = [cfg.ch * m for m in cfg.ch_mult]
         self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
         self.down = nn.ModuleList()
@@ -257,11 +161,11 @@ class Encoder(nn.Module):
             self.shortcut = PatchShortcut(3 * cfg.downsample**2, cfg.z_channels, cfg.shortcut_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h, stats = self.conv_add(self.conv_in, x)
         for level in self.down:
-            h = level(h)
-        h = self.mid(h)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+            h, stats = level(h, stats)
+        h, stats = self.mid(h, stats)
+        h = self.norm_silu_conv(self.norm_out, self.conv_out, h, stats)
         if hasattr(self, "quant_conv"):
             h = self.quant_conv(h)
         if hasattr(self, "shortcut"):
@@ -270,11 +174,11 @@ class Encoder(nn.Module):
         return h
 
 
-class Decoder(nn.Module):
+class Decoder(Block):
     """Raw latents [N, z, h, w] -> pixels [N, 3, fh, fw]; the 1x1 post_quant_conv included."""
 
     def __init__(self, cfg: AutoencoderConfig) -> None:
-        super().__init__()
+        super().__init__(cfg.num_groups)
         widths = [cfg.decoder_ch * m for m in cfg.ch_mult]
         if cfg.quant_conv:
             self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
@@ -296,20 +200,21 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z
-        h = self.mid(self.conv_in(h))
+        h, stats = self.mid(*self.conv_add(self.conv_in, h))
         for level in reversed(self.up):
-            h = level(h)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+            h, stats = level(h, stats)
+        h = self.norm_silu_conv(self.norm_out, self.conv_out, h, stats)
         return h + F.pixel_shuffle(self.shortcut(z), self.block) if hasattr(self, "shortcut") else h
 
 
 class AutoEncoder(nn.Module):
     """Image autoencoder of the shape `cfg`; weights random until loaded (`flux2.load_autoencoder`).
 
-    Weights and activations are channels_last inside; inputs of either memory format are taken.
+    Weights and activations are channels_last inside; inputs of either memory format are taken. `backend` is "auto",
+    "triton" or "torch" (`flux2.blocks` says what they are); `set_backend` changes it.
     """
 
-    def __init__(self, cfg: AutoencoderConfig) -> None:
+    def __init__(self, cfg: AutoencoderConfig, backend: str = "auto") -> None:
         super().__init__()
         self.cfg = cfg
         self.encoder = Encoder(cfg)
@@ -320,6 +225,16 @@ class AutoEncoder(nn.Module):
             self.register_buffer("latent_mean", torch.zeros(cfg.latent_channels))
             self.register_buffer("latent_std", torch.ones(cfg.latent_channels))
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.set_backend(backend)
+
+    def set_backend(self, backend: str) -> AutoEncoder:
+        """Runs all blocks on that backend from now on. ValueError if it is none of "auto", "triton" and "torch"."""
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.backend = backend
+        return self
 
     def train(self, mode: bool = True) -> AutoEncoder:
         """As nn.Module.train, but the latent BatchNorm stays in eval: its statistics are fitted, not averaged."""

@@ -14,11 +14,14 @@ in bf16 bytes an element, convolutions not counted:
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from .dispatch import resolve, tl, triton
+from .dispatch import autocast_dtype, resolve, tl, triton, without_autocast
 from .group_norm import (
     NAMESPACE,
     as_laid_out,
@@ -219,7 +222,7 @@ def norm_silu_conv2d_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and the statistics [N, G, 2] of x where none were given, else an empty tensor."""
     forward = triton_forward if backend == "triton" and x.numel() else aten_forward
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         h, computed = forward(x, norm_weight, norm_bias, input_bias, stats, num_groups, eps, True)
         y = F.conv2d(h, weight, bias, stride, padding)
     return y.contiguous(memory_format=_conv_format(x, weight)), computed if stats is None else x.new_empty(0)
@@ -299,6 +302,19 @@ def _conv_backward(ctx, dy, _):
 norm_silu_conv2d_op.register_autograd(_conv_backward, setup_context=_conv_setup_context)
 
 
+@register_flop_formula([getattr(torch.ops, NAMESPACE).norm_silu_conv2d])
+def _conv_flop(x_shape, norm_weight, norm_bias, w_shape, *_, out_shape, **__) -> int:
+    """The convolution's, for torch.utils.flop_counter: norms are not counted, as in aten."""
+    y_shape = out_shape[0]
+    return 2 * math.prod(y_shape) * math.prod(w_shape[1:])
+
+
+@register_flop_formula([getattr(torch.ops, NAMESPACE).norm_silu_conv2d_backward])
+def _conv_backward_flop(dy_shape, x_shape, norm_weight, norm_bias, w_shape, *_, **__) -> int:
+    """The gradients of the convolution's input and weight."""
+    return 4 * math.prod(dy_shape) * math.prod(w_shape[1:])
+
+
 def norm_silu_conv2d(
     x: Tensor,
     norm_weight: Tensor,
@@ -323,8 +339,7 @@ def norm_silu_conv2d(
     expected and got, for wrong shapes, dtypes and devices, and where the backend cannot run.
     """
     name = "norm_silu_conv2d"
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := autocast_dtype(x)) is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
     check_norm(name, x, norm_weight, norm_bias, input_bias, num_groups, stats)
     if x.ndim != 4:

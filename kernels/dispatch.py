@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 triton: Any  # to type checkers a kernel is the function that it is written as
@@ -42,6 +44,19 @@ def has_triton() -> bool:
 def interpreting() -> bool:
     """Whether TRITON_INTERPRET=1 was set when this module was imported: kernels then run on CPU tensors."""
     return _INTERPRETING
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast takes x's device to, or None where it is off or, as for meta tensors, there is none."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Turns autocast off for x's device, inside a with statement."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _why_not_triton(x: Tensor, supported: tuple[str, ...], unsupported: Callable[[Tensor], str | None]) -> str | None:

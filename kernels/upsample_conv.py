@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import resolve
+from .dispatch import resolve, without_autocast
 
 
 def upsample_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,16 +28,15 @@ def _phase_kernels(weight: Tensor) -> Tensor:
 
     A product with a constant of zeros and ones, made on the device: a copy from the host would wait for it.
     """
-    phase = torch.arange(2, device=weight.device)[:, None, None]
-    tap, t = torch.arange(2, device=weight.device)[:, None], torch.arange(3, device=weight.device)
-    falls_on = (phase + t + 1) // 2 - phase == tap  # [phase, tap, t]: whether w_t is part of that phase's tap
-    both_axes = falls_on[:, None, :, None, :, None] & falls_on[None, :, None, :, None, :]
     acc = torch.promote_types(weight.dtype, torch.float32)
+    phase = torch.arange(2, device=weight.device).view(2, 1, 1)
+    tap, t = torch.arange(2, device=weight.device).view(2, 1), torch.arange(3, device=weight.device)
+    falls_on = ((phase + t + 1) // 2 - phase == tap).to(acc)  # [phase, tap, t]: whether w_t is part of the phase's tap
+    both_axes = (falls_on.view(2, 1, 2, 1, 3, 1) * falls_on.view(1, 2, 1, 2, 1, 3)).view(16, 9)
     # Autocast would round weights, and the terms of their gradient, before they are summed.
-    with torch.autocast(weight.device.type, enabled=False):
-        summed = both_axes.reshape(16, 9).to(acc) @ weight.to(acc).permute(0, 2, 3, 1).flatten(
-            1, 2
-        )  # [C_out, 16, C_in]
+    with without_autocast(weight):
+        taps = weight.to(acc).permute(0, 2, 3, 1).flatten(1, 2)  # [C_out, 9, C_in]
+        summed = both_axes @ taps  # [C_out, 16, C_in]
     return summed.unflatten(1, (4, 2, 2)).permute(1, 0, 4, 2, 3).to(weight.dtype)
 
 
@@ -73,7 +72,6 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backe
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"upsample_conv2d: bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
-    kernels = _phase_kernels(weight)
     height, width = x.shape[2:]
     padded = F.pad(x, (1, 1, 1, 1))  # dense, in the memory format that x's strides suggest
     channels_last = not padded.is_contiguous()
@@ -81,9 +79,9 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backe
         padded = padded.permute(0, 2, 3, 1)  # a slice's gradient is contiguous in the order of dimensions it was cut in
     rows = 1 if channels_last else 2
     phases = []
-    for p in (0, 1):
-        for q in (0, 1):
-            window = padded.narrow(rows, p, height + 1).narrow(rows + 1, q, width + 1)
-            window = window.permute(0, 3, 1, 2) if channels_last else window
-            phases.append(F.conv2d(window, kernels[2 * p + q], bias))
+    for phase, kernel in enumerate(_phase_kernels(weight).unbind()):
+        p, q = divmod(phase, 2)
+        window = padded.narrow(rows, p, height + 1).narrow(rows + 1, q, width + 1)
+        window = window.permute(0, 3, 1, 2) if channels_last else window
+        phases.append(F.conv2d(window, kernel, bias))
     return _interleave(phases, channels_last)

@@ -176,7 +176,7 @@ def test_kl_is_the_closed_form_mean():
 
 
 def test_activations_and_weights_are_channels_last():
-    ae = AutoEncoder(TINY)
+    ae = AutoEncoder(TINY, backend="torch")  # whose convolutions' hooks run
     last = torch.channels_last
     convs = [m for m in ae.modules() if isinstance(m, torch.nn.Conv2d)]
     assert all(m.weight.is_contiguous(memory_format=last) for m in convs)
