@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help train test bench lint format picture clean
+.PHONY: help train test bench bench-guard gpu-report lint format picture clean
 
 help:
 	@echo "make train    train the default autoencoder on bundled photographs; ARGS=... is passed on"
 	@echo "make test     run the tests"
 	@echo "make bench    run the micro-benchmarks"
+	@echo "make bench-guard  fail if an operation got slower against eager torch; ARGS=--update sets the limits anew"
+	@echo "make gpu-report   correctness and speed on this machine's GPU, into benchmarks/results"
 	@echo "make lint     ruff and pyright"
 	@echo "make format   let ruff rewrite the layout"
 	@echo "make picture  train photos and photos-long, redraw the README's picture and table"
@@ -31,6 +33,12 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+bench-guard: $(STAMP)
+	$(BIN)/python benchmarks/guard.py $(ARGS)
+
+gpu-report: $(STAMP)
+	$(BIN)/python benchmarks/gpu_report.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

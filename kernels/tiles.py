@@ -8,6 +8,7 @@ from the batch, the GPU or a search, so the same sample gives the same bits in a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from .dispatch import tl, triton
 
-# Rows and elements of a chunk: large enough that its partial sums (8 bytes a channel) are < 4% of what it reads, small
-# enough that one sample of 2M elements is 256 programs. Past MAX_PROGRAMS a sample, chunks grow instead.
+# Elements of a chunk: so many that its partial sums (8 bytes a channel) are < 4% of what it reads; fewer, down to one
+# tile, where a sample would not be MIN_PROGRAMS programs, two a multiprocessor. Past MAX_PROGRAMS chunks grow instead.
 CHUNK_ELEMENTS = 8192
+MIN_PROGRAMS = 256
 MAX_PROGRAMS = 2048
 # What a second pass may find in L2: H100, H200 and A100 have 40 to 50 MB, of which a stream holds about two thirds.
 L2_BYTES = 32 * 2**20
@@ -118,7 +120,11 @@ def plan(x: Tensor) -> Plan:
     strides = walk(x)
     assert strides is not None
     n, channels = x.shape[:2]
-    rows = x.numel() // (n * channels)
+    return _plan(n, channels, x.numel() // (n * channels), strides)
+
+
+@lru_cache(maxsize=4096)
+def _plan(n: int, channels: int, rows: int, strides: Strides) -> Plan:
     if strides.c <= strides.s or rows == 1:
         width = next((w for w in (128, 64, 32, 16) if channels % w == 0), "ragged")
         tiles = TILES[f"last-{width}"]
@@ -128,7 +134,8 @@ def plan(x: Tensor) -> Plan:
     most_chunks = max(1, MAX_PROGRAMS // c_blocks)
     # A multiple of every tile's rows: only the last tile of a sample is cut, so that one mask, s < L, does.
     unit = max(tiles.rows_stats, tiles.rows_apply, tiles.rows_grad)
-    chunk_rows = unit * max(CHUNK_ELEMENTS // tiles.block_c // unit, -(-rows // (most_chunks * unit)))
+    tiles_a_chunk = max(1, min(CHUNK_ELEMENTS // tiles.block_c, rows * c_blocks // MIN_PROGRAMS) // unit)
+    chunk_rows = unit * max(tiles_a_chunk, -(-rows // (most_chunks * unit)))
     return Plan(
         n=n,
         channels=channels,
