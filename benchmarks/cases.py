@@ -63,9 +63,17 @@ def _upsample_tensors(shape, dtype, device):
     return [x, weight, bias]
 
 
+_BLOCKS: dict[tuple[str, int], ResBlock] = {}  # without storage: their parameters are handed over at each call
+
+
 def _block_tensors(shape, dtype, device):
-    block = ResBlock(shape[1], shape[1], _groups(shape[1]))
-    return [torch.randn(shape, device=device).to(dtype), *(p.detach().to(device, dtype) for p in block.parameters())]
+    c = shape[1]
+    for backend in ("auto", "torch"):
+        with torch.device("meta"):
+            _BLOCKS[backend, c] = ResBlock(c, c, _groups(c))
+        _BLOCKS[backend, c].backend = backend
+    parameters = ResBlock(c, c, _groups(c)).parameters()
+    return [torch.randn(shape, device=device).to(dtype), *(p.detach().to(device, dtype) for p in parameters)]
 
 
 def _eager_norm(x, w, b):
@@ -83,10 +91,7 @@ def _eager_add(x, residual, bias):
 
 def _block(backend: str):
     def call(x, *parameters):
-        channels = x.shape[1]
-        with torch.device("meta"):
-            block = ResBlock(channels, channels, _groups(channels))
-        block.backend = backend
+        block = _BLOCKS[backend, x.shape[1]]
         names = [name for name, _ in block.named_parameters()]
         return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x,))[0]
 

@@ -73,6 +73,22 @@ def worse(
     return failed
 
 
+def table() -> str:
+    """The committed ratios as Markdown, a table a device."""
+    out = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("guard-*.json")):
+        saved = json.loads(path.read_text())
+        env = saved["environment"]
+        out += [
+            f"{env['device']}, {env['threads']} threads, torch {env['packages']['torch']}, commit {env['commit']}:",
+            "",
+        ]
+        out += [f"| case | ours / {REFERENCE} |", "|---|---|"]
+        out += [f"| {case} | {r['ratio']:.2f} ± {r['error']:.2f} |" for case, r in saved["ratios"].items()]
+        out.append("")
+    return "\n".join(out)
+
+
 def main(argv: list[str] | None = None) -> int:
     """0: nothing got worse; 1: something did; 2: there is nothing to compare with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -354,6 +354,8 @@ def aten_backward(
         dy = torch.ops.aten.silu_backward(dy, z)
     if dy.stride() != h.stride() or dy.dtype != h.dtype:
         dy = torch.empty_like(h).copy_(dy)
+    if x.device.type == "cpu" and channels <= (32 if h.dtype == torch.float32 else 96):
+        h, dy = h.contiguous(), dy.contiguous()  # aten's channels_last backward is up to 8x slower: docs/log.md
     mean, rstd = stats[..., 0].contiguous(), (stats[..., 1] + eps).rsqrt()
     dx, dw, db = torch.ops.aten.native_group_norm_backward(
         dy, h, mean, rstd, w, n, channels, x.numel() // max(1, n * channels), num_groups, [True] * 3

@@ -1,0 +1,205 @@
+"""The whole FLUX.2 autoencoder, ours and others' of the same weights: decode, encode and a training step.
+
+`plain` is our network on stock modules, which is the original code's; `diffusers` is `AutoencoderKLFlux2`, where it is
+installed. Encode gives moments and decode takes raw latents, in bf16; a training step is L1 + 1e-6 KL under bf16
+autocast with fp32 weights, backward, and a fused AdamW.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from measure import interleaved
+from torch import Tensor, nn
+
+from flux2.autoencoder import AutoEncoder, AutoencoderConfig
+from flux2.checkpoints import save_autoencoder
+
+
+@dataclass(frozen=True)
+class Task:
+    """One comparison; compiled: with the compiled contestants, which take minutes of compiling."""
+
+    kind: str
+    side: int
+    batch: int
+    compiled: bool
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.side}x{self.side} batch {self.batch}"
+
+
+@dataclass
+class Entrant:
+    """encode: pixels -> moments; decode: raw latents -> pixels; module: what is trained."""
+
+    module: nn.Module
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    last: bool  # channels_last
+
+
+def _native(ae: AutoEncoder, backend: str, last: bool) -> Entrant:
+    ae.set_backend(backend)
+    ae.to(memory_format=torch.channels_last if last else torch.contiguous_format)  # pyright: ignore
+    return Entrant(ae, ae.encoder, ae.decoder, last)
+
+
+def _diffusers(ae: AutoEncoder) -> nn.Module | str:
+    """AutoencoderKLFlux2 of the same weights, or why there is none."""
+    try:
+        from flux2.compat import ensure_torchvision
+
+        ensure_torchvision()
+        from diffusers import AutoencoderKLFlux2
+        from diffusers.utils import logging
+
+        logging.set_verbosity_error()
+    except (ImportError, RuntimeError) as error:
+        return f"diffusers cannot be imported ({str(error).splitlines()[0]})"
+    with tempfile.TemporaryDirectory() as folder:
+        save_autoencoder(ae, folder, layout="diffusers")
+        return AutoencoderKLFlux2.from_pretrained(folder)
+
+
+def entrants(
+    cfg: AutoencoderConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Entrant], dict[str, str]]:
+    """({name: entrant}, {name: why it is missing}), all of one set of random weights."""
+    torch.manual_seed(0)
+    ae = AutoEncoder(cfg)
+    made, missing = {}, {}
+    for name, backend, last in (
+        ("ours", "auto", True), ("plain NCHW", "torch", False), ("plain channels_last", "torch", True)
+    ):  # fmt: skip
+        made[name] = _native(copy.deepcopy(ae).to(device, dtype), backend, last)
+    theirs = _diffusers(ae)
+    for name, last in (("diffusers NCHW", False), ("diffusers channels_last", True)):
+        if isinstance(theirs, str):
+            missing[name] = theirs
+            continue
+        vae: Any = copy.deepcopy(theirs).to(device, dtype)
+        vae.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+        made[name] = Entrant(
+            vae, lambda x, v=vae: v.encode(x).latent_dist.parameters, lambda z, v=vae: v.decode(z).sample, last
+        )
+    return made, missing
+
+
+def _compiled(entrant: Entrant) -> Entrant:
+    encode, decode = (torch.compile(f, dynamic=False) for f in (entrant.encode, entrant.decode))
+    return Entrant(entrant.module, encode, decode, entrant.last)
+
+
+def _train_step(entrant: Entrant, x: Tensor) -> Callable[[], Tensor]:
+    optimiser = torch.optim.AdamW(entrant.module.parameters(), lr=1e-6, fused=True)
+
+    def call():
+        with torch.autocast(x.device.type, torch.bfloat16):
+            mean, logvar = entrant.encode(x).chunk(2, dim=1)
+            recon = entrant.decode(mean)
+        mean, logvar = mean.float(), logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = (recon - x).abs().mean() + 1e-6 * kl
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return recon.detach()
+
+    return call
+
+
+def _calls(task: Task, every: dict[str, Entrant], cfg: AutoencoderConfig, dtype, device) -> dict[str, Callable]:
+    pixels = torch.rand(task.batch, 3, task.side, task.side, device=device) * 2 - 1
+    latents = torch.randn(task.batch, cfg.z_channels, *[task.side // cfg.downsample] * 2, device=device)
+    given = (latents if task.kind == "decode" else pixels).to(dtype)
+    calls = {}
+    for name, entrant in every.items():
+        x = given.contiguous(memory_format=torch.channels_last if entrant.last else torch.contiguous_format)
+        if task.kind == "train step":
+            calls[name] = _train_step(entrant, x)
+        else:
+            f = entrant.encode if task.kind == "encode" else entrant.decode
+            calls[name] = torch.no_grad()(lambda f=f, x=x: f(x))
+    return calls
+
+
+def compare(task: Task, cfg: AutoencoderConfig, device: torch.device, *, rounds: int) -> dict[str, Any]:
+    """One row: per contestant the median in ms, the memory a call needs above weights and optimiser, the error of its
+    output against `plain NCHW`, seconds of the first call. A contestant that runs out of memory is missing, with that
+    as the reason. AssertionError if one computes something else.
+    """
+    dtype = torch.float32 if task.kind == "train step" else torch.bfloat16
+    every, missing = entrants(cfg, dtype, device)
+    compiled = [n for n in ("ours", "plain channels_last", "diffusers channels_last") if n in every]
+    for name in compiled:
+        if task.compiled:
+            every[f"{name}, compiled"] = _compiled(every[name])
+        else:
+            missing[f"{name}, compiled"] = "measured at another size"
+    calls = _calls(task, every, cfg, dtype, device)
+    first, memory, outputs = {}, {}, {}
+    for name in list(calls):
+        began = time.perf_counter()
+        try:
+            outputs[name] = calls[name]().float().cpu()
+            first[name] = time.perf_counter() - began
+            memory[name] = _memory_of(calls[name], device)
+        except torch.OutOfMemoryError:
+            missing[name] = "out of memory"
+            del calls[name]
+            outputs.pop(name, None)
+    errors = {}
+    if (truth := outputs.get("plain NCHW")) is not None:
+        for name, y in outputs.items():
+            errors[name] = ((y - truth).norm() / truth.norm()).item()
+            assert errors[name] <= 0.05, f"{task}: {name} is off by {errors[name]:.1e} (relative)"
+    samples = interleaved(calls, device, rounds=rounds, warmup=1)
+    return {
+        "task": str(task), "kind": task.kind, "side": task.side, "batch": task.batch, "rounds": rounds,
+        "contestants": {
+            name: {
+                "ms": sorted(times)[len(times) // 2], "memory_bytes": memory[name], "error": errors.get(name),
+                "first_call_s": first[name],
+            }
+            for name, times in samples.items()
+        },
+        "missing": missing,
+    }  # fmt: skip
+
+
+def _memory_of(call: Callable[[], Any], device: torch.device) -> int | None:
+    """The most that one call allocates above what is there before it; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    gpu = torch.get_device_module(device)
+    gpu.synchronize(device)
+    gpu.reset_peak_memory_stats(device)
+    before = gpu.memory_allocated(device)
+    call()
+    gpu.synchronize(device)
+    return gpu.max_memory_allocated(device) - before
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table: per contestant ms and GiB; then ours over the best of the others."""
+    names = list(dict.fromkeys(name for row in rows for name in (*row["contestants"], *row["missing"])))
+    out = [f"| task | {' | '.join(names)} | best other / best ours |", "|---" * (len(names) + 2) + "|"]
+    for row in rows:
+        cells = []
+        for name in names:
+            if (c := row["contestants"].get(name)) is None:
+                cells.append(row["missing"].get(name, "-"))
+                continue
+            memory = "" if c["memory_bytes"] is None else f", {c['memory_bytes'] / 2**30:.2f} GiB"
+            cells.append(f"{c['ms']:.4g} ms{memory}")
+        ours = min(c["ms"] for n, c in row["contestants"].items() if n.startswith("ours"))
+        others = [c["ms"] for n, c in row["contestants"].items() if not n.startswith("ours")]
+        out.append(f"| {row['task']} | {' | '.join(cells)} | {min(others) / ours:.2f} |")
+    return out
