@@ -67,6 +67,16 @@ def test_each_file_says_what_it_is_and_stays_small(path):
     assert text.count("\n") <= 600
 
 
+def test_each_operation_has_a_test_and_a_benchmark_of_its_file_s_name():
+    import kernels
+
+    stems = {getattr(kernels, name).__module__.rpartition(".")[2] for name in kernels.__all__}
+    assert len(stems) >= 3
+    for stem in stems:
+        for path in (f"tests/kernels/test_{stem}.py", f"benchmarks/bench_{stem}.py"):
+            assert (ROOT / path).is_file(), f"{path} is missing"
+
+
 def python(code: str) -> str:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, cwd=ROOT)
     assert out.returncode == 0, out.stderr[-3000:]

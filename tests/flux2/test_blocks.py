@@ -43,8 +43,7 @@ def test_backends_agree_in_values_and_gradients(backend):
     truth = train_step(plain.double(), x.double(), noise.double())
     assert len(got) == 2 + len(list(ours.named_parameters()))
     for g, b, t in zip(got, base, truth, strict=True):
-        # A chain of forty layers: which of the two is luckier in one tensor is chance.
-        assert_no_worse(g, b, t, factor=4.0, ulps=8)
+        assert_no_worse(g, b, t)
 
 
 def test_no_backend_calls_what_another_one_is_for(monkeypatch):
@@ -103,11 +102,14 @@ def test_the_whole_autoencoder_saves_at_most_040_of_the_bytes():
     assert folded <= 1.02 * small, f"with biases folded {folded}, without {small}"
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
-def test_a_training_step_compiles_to_one_graph(backend):
+@pytest.mark.parametrize(
+    ("backend", "compiler"),
+    [("auto", "inductor"), ("auto", "aot_eager"), ("triton", "aot_eager"), ("torch", "aot_eager")],
+)
+def test_a_training_step_compiles_to_one_graph(backend, compiler):
     (ae,) = twins(SHAPE, backend)
     x, noise = torch.rand(1, 3, 8, 8, device=DEVICE), torch.randn(1, 4, 4, 4, device=DEVICE)
-    compiled = torch.compile(ae, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(ae, backend=compiler, fullgraph=True)
 
     def loss(model):
         recon, posterior = model(x, sample=True, noise=noise)

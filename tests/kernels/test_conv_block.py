@@ -2,12 +2,25 @@
 
 import sys
 
+import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from gradients import DEVICE, DTYPES, LAYOUTS, SHAPES, check, eager_norm, randn, run, same_layout
+from gradients import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    check,
+    eager_norm,
+    randn,
+    run,
+    same_layout,
+)
+from hypothesis import assume, given, settings
 from tolerance import assert_no_worse
 from torch import nn
+from views import REFUSALS, settled, views
 
 from kernels import add_bias_group_stats, conv_block, group_norm, group_norm_silu, norm_silu_conv2d
 from kernels.conv_block import (
@@ -266,6 +279,50 @@ def test_chained_blocks_equal_plain_ones():
     for block in blocks:
         plain = block(plain)
     torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(views(), st.sampled_from(["none", "dense", "reversed in memory"]), st.booleans(), st.sampled_from(BACKENDS))
+def test_any_view_is_added_right_or_refused(view, of_residual, with_bias, backend):
+    x, groups = view
+    residual, bias = None, randn(x.shape[1]) if with_bias else None
+    if of_residual != "none":
+        residual = (
+            randn(x.shape, x.dtype)
+            if of_residual == "dense"
+            else randn(x.shape[::-1], x.dtype).permute(*reversed(range(x.ndim)))
+        )
+    try:
+        y, stats = add_bias_group_stats(x, residual, bias, groups, backend=backend)
+    except ValueError as error:
+        assert backend == "triton" and any(why in str(error) for why in REFUSALS), error
+        return
+    truth, _ = add_bias_group_stats_reference(
+        x.double(), None if residual is None else residual.double(), None if bias is None else bias.double(), groups
+    )
+    assert (y.double() - truth).abs().max() <= torch.finfo(x.dtype).eps * truth.abs().max() and y.dtype == x.dtype
+    values = y.double().reshape(len(x), groups, -1)
+    torch.testing.assert_close(stats[..., 0].double(), values.mean(2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats[..., 1].double(), values.var(2, correction=0), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(views(min_rank=2, max_rank=2), st.sampled_from([1, 3]), st.sampled_from([1, 2]), st.sampled_from(BACKENDS))
+def test_any_view_is_convolved_right_or_refused(view, kernel, stride, backend):
+    x, groups = view
+    assume(settled(x, groups) and min(x.shape[2:]) >= 2)
+    channels, padding = x.shape[1], kernel // 2
+    weight = (randn((5, channels, kernel, kernel)) / (kernel * kernel * channels) ** 0.5).to(x.dtype)
+    tensors = [x, randn(channels), randn(channels), weight, randn(5, x.dtype)]
+    try:
+        op(groups, backend, stride, padding)(*tensors)
+    except ValueError as error:
+        assert backend == "triton" and any(why in str(error) for why in REFUSALS), error
+        return
+    reference = eager(groups, stride, padding)
+    got, base = (f(*tensors) for f in (op(groups, backend, stride, padding), reference))
+    truth = reference(*(t.double() for t in tensors))
+    assert_no_worse(got, base, truth, factor=2.0 if truth.numel() >= 64 else 4.0)
 
 
 def test_errors_name_expected_and_got():

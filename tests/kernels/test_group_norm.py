@@ -3,9 +3,20 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from gradients import DEVICE, DTYPES, LAYOUTS, SHAPES, check, eager_norm, randn, run, same_layout
+from gradients import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    check,
+    eager_norm,
+    randn,
+    run,
+    same_layout,
+)
 from hypothesis import assume, given, settings
 from tolerance import assert_no_worse
+from views import REFUSALS, settled, views
 
 from kernels import group_norm, group_norm_silu
 from kernels.group_norm import (
@@ -231,35 +242,18 @@ def test_errors_name_expected_and_got():
             bad()
 
 
-@st.composite
-def views(draw):
-    """A tensor [N, C, *S] that is some view of a larger one, and a number of groups"""
-    rank = draw(st.integers(0, 3))
-    per_group, groups = draw(st.integers(1, 7)), draw(st.integers(1, 4))
-    shape = [draw(st.integers(2, 3)), per_group * groups, *(draw(st.integers(1, 9)) for _ in range(rank))]
-    steps = [draw(st.sampled_from([1, 1, 1, 2])) for _ in shape]
-    expanded = draw(st.sets(st.integers(0, rank + 1), max_size=2)) if draw(st.booleans()) else ()
-    order = draw(st.permutations(range(len(shape))))
-    sizes = [1 if i in expanded else shape[i] * steps[i] for i in range(len(shape))]
-    x = randn([sizes[i] for i in order], DTYPES[draw(st.sampled_from(list(DTYPES)))])
-    x = x.permute([order.index(i) for i in range(len(shape))])
-    x = x[tuple(slice(None) if size == 1 else slice(None, None, step) for size, step in zip(sizes, steps, strict=True))]
-    return x.expand(shape), groups
-
-
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(views(), st.booleans(), st.sampled_from(BACKENDS))
 def test_any_view_is_right_or_refused(view, silu, backend):
     x, groups = view
-    # Two values normalise to -1 and 1, equal ones to 0: nothing but rounding is left of the gradient, of eager's too.
-    assume(x.numel() // len(x) // groups >= 8 and x.double().reshape(len(x), groups, -1).var(2).min() > 0.01)
+    assume(settled(x, groups))
     w, b = randn(x.shape[1]), randn(x.shape[1])
     f = group_norm_silu if silu else group_norm
     leaf = x.detach().requires_grad_()
     try:
         y = f(leaf, w, b, groups, backend=backend)
     except ValueError as error:
-        assert backend == "triton" and any(why in str(error) for why in ("walked", "expanded", "lie between")), error
+        assert backend == "triton" and any(why in str(error) for why in REFUSALS), error
         return
     dy = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, leaf, dy)
