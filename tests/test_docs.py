@@ -52,5 +52,5 @@ def test_links_lead_somewhere():
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`?make ([a-z]+)", README + (ROOT / "CONTRIBUTING.md").read_text())):
+    for target in set(re.findall(r"`?make ([a-z-]+)", README + (ROOT / "CONTRIBUTING.md").read_text())):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

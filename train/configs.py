@@ -96,6 +96,8 @@ class RunOptions:
 
     compile: bool = False
     """Compile the training step with torch.compile."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """What the networks run on: fused operations (auto), those in Triton or not at all, or stock modules (torch)."""
     device: str = "auto"
     """auto is cuda where there is one, else cpu."""
     out: Path = Path("runs")

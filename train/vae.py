@@ -19,6 +19,7 @@ from flux2.latents import fit_latent_statistics, patchify
 from flux2.linear_code import LinearCode, fit_context_decoder, fit_linear_code, warm_start
 from flux2.losses import cosine_alignment, l1, laplacian_loss
 from flux2.metrics import psnr
+from kernels.dispatch import resolve
 from kernels.philox import normal
 from train.configs import RunOptions, VaeConfig, differences, parse_vae, to_dict
 from train.data import (
@@ -58,10 +59,10 @@ LOG_EVERY = 10  # steps a line of log.jsonl is the mean of: reading a loss makes
 class VaeTrainer:
     """Model, averaged model, teacher and optimiser of one run; `step` is one update."""
 
-    def __init__(self, config: VaeConfig, device: torch.device, *, compiled: bool) -> None:
+    def __init__(self, config: VaeConfig, device: torch.device, *, compiled: bool, backend: str = "auto") -> None:
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
-        self.ae = AutoEncoder(config.autoencoder).to(device)
+        self.ae = AutoEncoder(config.autoencoder, backend).to(device)
         self.teacher = self.head = None
         if config.align_weight:
             self.teacher = TEACHERS[config.teacher](patch=config.autoencoder.multiple).to(device)
@@ -179,6 +180,7 @@ def describe(config: VaeConfig) -> str:
 def train(config: VaeConfig, run: RunOptions) -> int:
     """Runs `config`; returns the exit code (0, or 128 + signal after an interruption that was saved)."""
     device = choose_device(run.device)
+    resolve("--backend", run.backend, torch.empty(1, device=device))  # a ValueError before anything is written
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
     if run.dry_run:
         from train.estimate import estimate
@@ -203,7 +205,7 @@ def train(config: VaeConfig, run: RunOptions) -> int:
     print(text + f"{len(pictures)} training pictures, {len(held_out)} held out; {device}, {config.precision}")
     print(f"run folder: {folder}" + (f", resumed at step {start}" if start else ""), flush=True)
 
-    trainer = VaeTrainer(config, device, compiled=run.compile and usable_compiler(device))
+    trainer = VaeTrainer(config, device, compiled=run.compile and usable_compiler(device), backend=run.backend)
     dataset = CropBatches(
         pictures,
         resolution=config.resolution,

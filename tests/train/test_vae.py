@@ -196,6 +196,7 @@ def test_errors_are_one_line(tmp_path, capsys):
         (["--out", str(tmp_path / "file")], "file"),
         (["--data", str(tmp_path / "missing")], "no such file or folder"),
         (["--device", "tpu"], "device: expected one this machine has"),
+        (["--device", "meta", "--backend", "triton"], "--backend: backend 'triton' cannot run: there is no Triton for"),
     ):
         assert main([*TOY, "--steps", "1", *flags]) == 2
         error = capsys.readouterr().err
@@ -231,6 +232,20 @@ def test_losses_are_weighted_and_every_term_trains(tmp_path):
         trainer.step(step, batch)
     still = [k for k, v in trainer.trained.state_dict().items() if torch.equal(v, before[k])]
     assert all(".bn." in k for k in still), still
+
+
+def test_backends_train_alike(tmp_path):
+    """Three steps on fused operations, on the real kernels (interpreted without a GPU) and on stock modules"""
+    config = dataclasses.replace(parse_vae([*TOY])[0], precision="fp32")
+    batch = CropBatches(embedded_photographs()[0], resolution=32, batch=1, augmentation=config.augmentation, seed=0)[0]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    losses = {}
+    for backend in ("auto", "triton", "torch"):
+        trainer = VaeTrainer(config, device, compiled=False, backend=backend)
+        assert trainer.ema.model.decoder.backend == backend
+        losses[backend] = torch.stack([trainer.step(i, batch)["loss"] for i in range(3)])
+    torch.testing.assert_close(losses["auto"], losses["torch"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses["triton"], losses["torch"], rtol=1e-4, atol=1e-5)
 
 
 def test_posterior_noise_is_a_function_of_the_step():
