@@ -43,13 +43,21 @@ def test_an_unchanged_operation_passes():
 def test_a_case_is_measured_again_before_it_fails(monkeypatch):
     asked = []
 
-    def once_unlucky(case, device, rounds, enter):
+    def twice_unlucky(case, device, rounds, enter):
         asked.append(rounds)
-        return {"ratio": 2.0 if len(asked) == 1 else 1.0, "error": 0.0}
+        return {"ratio": 2.0 if len(asked) < 3 else 1.0, "error": 0.0}
 
-    monkeypatch.setattr(guard, "measure", once_unlucky)
+    monkeypatch.setattr(guard, "measure", twice_unlucky)
     assert worse({str(SMALL): {"ratio": 1.0, "error": 0.0}}, [SMALL], DEVICE, rounds=5, show=lambda _: None) == []
-    assert asked == [5, 15]
+    assert asked == [5, 5, 5]
+
+
+def test_what_is_committed_is_the_median_of_sets_and_half_their_range(monkeypatch):
+    sets = iter([{"ratio": 1.4, "error": 0.01}, {"ratio": 1.0, "error": 0.02}, {"ratio": 1.1, "error": 0.3}])
+    monkeypatch.setattr(guard, "measure", lambda *a: next(sets))
+    assert guard.settle(SMALL, DEVICE, 5) == {"ratio": 1.1, "error": 0.3}
+    sets = iter([{"ratio": 1.4, "error": 0.01}, {"ratio": 1.0, "error": 0.02}, {"ratio": 1.1, "error": 0.03}])
+    assert guard.settle(SMALL, DEVICE, 5) == {"ratio": 1.1, "error": 0.2}
 
 
 def test_limit_is_the_margin_and_the_noise_of_both():
