@@ -10,15 +10,17 @@ stock modules and diffusers). Every row is written to benchmarks/results/gpu-NAM
 with the same GPU, versions and sources goes on where the last one stopped, any other starts anew. Peers that are not
 installed are listed as missing. Needs torch, triton, numpy and safetensors.
 
-Exit code: 0 all done; 1 a kernel is wrong (nothing is timed then); 2 bad input; 3 out of time, run again.
+Exit code: 0 all done; 1 a row failed (nothing is timed while a kernel is wrong); 2 bad input; 3 out of time, run
+again; 130 interrupted, likewise.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import hashlib
 import json
-import re
 import sys
 import time
 import traceback
@@ -36,19 +38,23 @@ import guard  # noqa: E402
 import whole_models  # noqa: E402
 from cases import Case  # noqa: E402
 from gradients import check, eager_norm, run  # noqa: E402
-from measure import device_name, environment, interleaved  # noqa: E402
+from measure import environment, interleaved, slug  # noqa: E402
 from whole_models import Task  # noqa: E402
 
 import kernels  # noqa: E402
 from flux2.autoencoder import AUTOENCODERS, AutoencoderConfig  # noqa: E402
 from flux2.checkpoints import save_json  # noqa: E402
 from kernels.dispatch import interpreting  # noqa: E402
+from kernels.timesteps import LAWS  # noqa: E402
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs" / "kernels.md"
 SECTIONS = ("correctness", "kernels", "autoencoder")
 # Seconds that one more row may take: no row is started that may end too late
-SECONDS = {"correctness": 20, "kernels": 30, "autoencoder": 60, "autoencoder, compiled": 240}
-SOURCES = ("kernels/*.py", "flux2/blocks.py", "flux2/autoencoder.py", "benchmarks/*.py")
+SECONDS = {"correctness": 20, "kernels": 30, "autoencoder": 60, "autoencoder, compiled": 420}
+SOURCES = (
+    "kernels/*.py", "flux2/blocks.py", "flux2/autoencoder.py", "benchmarks/*.py", "tests/gradients.py",
+    "tests/tolerance.py",
+)  # fmt: skip
 
 
 def sources() -> str:
@@ -73,6 +79,11 @@ TINY = [((2, 12, 5, 7), 4)]
 def _draw(shape, dtype, device, last=False):
     x = torch.randn(shape, device=device).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if last and x.ndim == 4 else x
+
+
+def _as(y, x):
+    """y in x's memory format: a convolution's algorithm, and so its rounding, depends on it."""
+    return y.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
 
 
 def _subjects(groups: int, backend: str) -> dict[str, tuple[Callable, Callable, Callable]]:
@@ -102,7 +113,7 @@ def _subjects(groups: int, backend: str) -> dict[str, tuple[Callable, Callable, 
         ),
         "norm_silu_conv2d": (
             lambda x, nw, nb, w, b: kernels.norm_silu_conv2d(x, nw, nb, w, b, groups, backend=backend),
-            lambda x, nw, nb, w, b: F.conv2d(silu(x, nw, nb), w, b, padding=1), convs,
+            lambda x, nw, nb, w, b: F.conv2d(_as(silu(x, nw, nb), x), w, b, padding=1), convs,
         ),
         "add_bias_group_stats": (
             add, lambda x, r, b: x + r + b.to(x.dtype).view(-1, 1, 1),
@@ -123,7 +134,8 @@ def correctness(shape, groups, op, dtype, last, device) -> dict[str, Any]:
     tensors = [x, *(_draw(shape, dtype, device, last) if t is None else t for t in others(shape[1], dtype, device))]
     dy = torch.randn_like(eager(*tensors))
     check(ours, eager, tensors, dy)
-    first, second = run(ours, tensors, dy), run(ours, tensors, dy)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # its gradients of weights
+        first, second = run(ours, tensors, dy), run(ours, tensors, dy)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "two runs gave different bits"
     if op == "add_bias_group_stats":
         y, stats = kernels.add_bias_group_stats(*tensors, groups, backend=backend)
@@ -133,13 +145,52 @@ def correctness(shape, groups, op, dtype, last, device) -> dict[str, Any]:
     return {"backend": backend}
 
 
+def draws(shape, dtype, last, device) -> dict[str, Any]:
+    """Times and noise of the kernels against those of plain torch on the same device."""
+    backend = "triton" if device.type != "cpu" or interpreting() else "torch"
+    torch.manual_seed(0)
+    x = _draw(shape, dtype, device, last)
+    where = {"shift": 4.63, "seed": 2**63 + 5, "step": 2**31 + 9, "first_index": 2**32 - 4096}
+    for law in LAWS:
+        a, b = (kernels.sample_timesteps(4096, law, **where, device=device, backend=k) for k in (backend, "torch"))
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if law == "uniform" else 1e-6)
+    got = kernels.flow_match_inputs(x, **where, backend=backend)
+    again = kernels.flow_match_inputs(x, **where, backend=backend)
+    truth = kernels.flow_match_inputs(x.double(), **where, backend="torch")
+    for a, b, t in zip(got, again, truth, strict=True):
+        assert torch.equal(a, b), "two runs gave different bits"
+        error = (a.double() - t).abs() - torch.finfo(a.dtype).eps * t.abs()
+        assert error.max() <= 1e-5, f"off by {error.max().item():.1e} more than rounding"
+    return {"backend": backend}
+
+
+def alignment(shape, dtype, device) -> dict[str, Any]:
+    """repa_loss, values and both gradients, against F.cosine_similarity; then the same bits again."""
+    backend = "triton" if device.type != "cpu" or interpreting() else "torch"
+    torch.manual_seed(0)
+    p, y = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    dy = torch.ones((), device=device)
+
+    def ours(p, y):
+        return kernels.repa_loss(p, y, backend=backend)
+
+    def eager(p, y):
+        acc = torch.promote_types(p.dtype, torch.float32)
+        return -F.cosine_similarity(p.to(acc), y.to(acc), dim=-1).mean()
+
+    check(ours, eager, [p, y], dy)
+    first, second = run(ours, [p, y], dy), run(ours, [p, y], dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "two runs gave different bits"
+    return {"backend": backend}
+
+
 # --- sections ------------------------------------------------------------------------------------------------------
 
 
 def micro(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
     made = cases.contest(case, device)
     cases.check(made, case)
-    return cases.summary(case, interleaved(made.calls, device, rounds=rounds), made.missing, device)
+    return cases.summary(case, interleaved(made.calls, device, rounds=rounds, head_start=True), made.missing, device)
 
 
 TINY_AUTOENCODER = AutoencoderConfig(
@@ -150,7 +201,7 @@ TINY_AUTOENCODER = AutoencoderConfig(
 def rows_of(section: str, device: torch.device, tiny: bool) -> dict[str, tuple[Callable[[], dict[str, Any]], int]]:
     """name -> (what measures it, seconds that may take), in the order they are measured."""
     if section == "correctness":
-        return {
+        rows = {
             f"{op} {'x'.join(map(str, shape))} {str(dtype)[6:]} {'channels_last' if last else 'NCHW'}":
                 (lambda a=(shape, groups, op, dtype, last, device): correctness(*a), SECONDS[section])
             for shape, groups in (TINY if tiny else FULL)
@@ -158,6 +209,16 @@ def rows_of(section: str, device: torch.device, tiny: bool) -> dict[str, tuple[C
             for dtype in (torch.bfloat16, torch.float32)
             for last in (True, False)
         }  # fmt: skip
+        shape = (2, 8, 5, 6) if tiny else (64, 128, 16, 17)
+        features = [(2, 3, 20)] if tiny else [(64, 256, d) for d in (384, 768, 1000, 1536)]
+        for dtype in (torch.bfloat16, torch.float32):
+            for last in (True, False):
+                name = f"timesteps {'x'.join(map(str, shape))} {str(dtype)[6:]} {'channels_last' if last else 'NCHW'}"
+                rows[name] = (lambda a=(shape, dtype, last, device): draws(*a), SECONDS[section])
+            for sizes in features:
+                name = f"repa_loss {'x'.join(map(str, sizes))} {str(dtype)[6:]}"
+                rows[name] = (lambda a=(sizes, dtype, device): alignment(*a), SECONDS[section])
+        return rows
     if section == "kernels":
         every = [case for op in cases.OPS for case in cases.cases(op, device)]
         if tiny:
@@ -166,9 +227,10 @@ def rows_of(section: str, device: torch.device, tiny: bool) -> dict[str, tuple[C
         return {str(c): (lambda c=c: micro(c, device, 3 if tiny else 50), SECONDS[section]) for c in every}
     cfg = TINY_AUTOENCODER if tiny else AUTOENCODERS["flux.2"]
     sides, batches = ((8,), (1,)) if tiny else ((256, 512, 1024), (1, 4, 16, 32))
-    tasks = [Task(kind, side, 1, side == sides[-1]) for kind in ("decode", "encode") for side in sides]
-    tasks += [Task("train step", sides[0], b, b == 16) for b in batches]
-    tasks.sort(key=lambda t: t.compiled and not tiny)  # those that compile for minutes come last
+    tasks = [Task(kind, side, 1, compiled=False) for kind in ("decode", "encode") for side in sides]
+    tasks += [Task("train step", sides[0], b, compiled=False) for b in batches]
+    # Those that compile for minutes come last, largest first
+    tasks += [dataclasses.replace(t, compiled=True) for t in reversed(tasks) if not tiny or t.kind == "decode"]
     return {
         str(t): (
             lambda t=t: whole_models.compare(t, cfg, device, rounds=3 if tiny else 15),
@@ -191,7 +253,8 @@ def measure(report: dict[str, Any], sections: tuple[str, ...], device, tiny: boo
     for section in sections:
         rows = report["sections"].setdefault(section, {})
         every = rows_of(section, device, tiny)
-        todo = {name: row for name, row in every.items() if not rows.get(name, {}).get("ok")}  # failed ones again
+        new = {name: row for name, row in every.items() if name not in rows}
+        todo = new | {name: every[name] for name in rows if name in every and not rows[name]["ok"]}  # failed ones again
         for i, (name, (call, seconds)) in enumerate(todo.items(), 1):
             left = deadline - time.monotonic()
             if left < seconds:
@@ -200,7 +263,7 @@ def measure(report: dict[str, Any], sections: tuple[str, ...], device, tiny: boo
             began = time.monotonic()
             try:
                 rows[name] = {"ok": True, **call()}
-            except (AssertionError, RuntimeError, ValueError) as error:
+            except Exception as error:  # Triton's and Inductor's errors have no common base
                 rows[name] = {"ok": False, "why": str(error).strip().splitlines()[0] if str(error).strip() else "?"}
                 traceback.print_exc()
             rows[name]["seconds"] = round(time.monotonic() - began, 2)
@@ -210,12 +273,16 @@ def measure(report: dict[str, Any], sections: tuple[str, ...], device, tiny: boo
             if not rows[name]["ok"] and not answers(device):
                 print("the device no longer answers; run again to go on", file=sys.stderr)
                 return 1
+            gc.collect()  # modules and their compiled functions hold each other
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         if section == "correctness" and (wrong := [n for n, row in rows.items() if not row["ok"]]):
             print(f"{len(wrong)} wrong; nothing is timed before they are right: {', '.join(wrong)}", file=sys.stderr)
             return 1
-    return 0
+    failed = [name for section in sections for name, row in report["sections"][section].items() if not row["ok"]]
+    if failed:
+        print(f"{len(failed)} rows failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
@@ -246,7 +313,13 @@ def markdown(report: dict[str, Any]) -> str:
 
 def gpu_tables() -> str:
     """Tables of all committed reports."""
-    reports = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("gpu-*.json"))]
+    reports = []
+    for path in sorted(RESULTS.glob("gpu-*.json")):
+        try:
+            reports.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path}: expected a report of this program ({error})") from None
+    reports = [report for report in reports if not report["environment"]["tiny"]]
     return "\n".join(map(markdown, reports)) if reports else "No GPU has run the report yet: no figure is claimed.\n"
 
 
@@ -281,16 +354,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--docs", action="store_true", help="rewrite the tables of docs/kernels.md and stop")
     args = parser.parse_args(argv)
     if args.docs:
-        DOCS.write_text(with_tables(DOCS.read_text()))
+        try:
+            DOCS.write_text(with_tables(DOCS.read_text()))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
         return 0
+    if not args.minutes > 0:
+        parser.error(f"--minutes: expected a positive number, got {args.minutes}")
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu: expected --tiny with it; full sizes are for a GPU")
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: this machine has no CUDA device (--device cpu --tiny tries the report)")
+    if args.tiny and not args.out:
+        parser.error("--tiny: expected --out FILE with it, away from measured results")
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, for all contestants
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    out: Path = args.out or RESULTS / f"gpu-{name}.json"
+    out: Path = args.out or RESULTS / f"gpu-{slug(device)}.json"
     env = environment(device) | {"sources": sources(), "tiny": args.tiny}
     if args.commit:
         env["commit"] = args.commit
@@ -317,7 +398,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--out {out}: cannot be written ({error})")
     sections = tuple(s for s in SECTIONS if not args.only or s in args.only)
-    code = measure(report, sections, device, args.tiny, began + 60 * args.minutes, save)
+    try:
+        code = measure(report, sections, device, args.tiny, began + 60 * args.minutes, save)
+    except KeyboardInterrupt:
+        print("interrupted: rows that were measured are kept; run again to go on", file=sys.stderr)
+        return 130
     print(markdown(report))
     return code
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "benchmarks")) if p not in sys.path]
 from cases import OPS, REFERENCE, Case, Contest, cases, check, contest  # noqa: E402 - after the path
-from measure import DEVICE, device_name, environment, interleaved, ratio  # noqa: E402
+from measure import DEVICE, device_name, environment, interleaved, ratio, slug  # noqa: E402
 
 MARGIN = 0.15
 ERRORS = 3  # how many standard errors are noise
@@ -34,8 +33,7 @@ ROUNDS = {"cuda": 50, "cpu": 25}
 
 def results_file(device: torch.device) -> Path:
     """Where the ratios of this device stand."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return ROOT / "benchmarks" / "results" / f"guard-{slug}.json"
+    return ROOT / "benchmarks" / "results" / f"guard-{slug(device)}.json"
 
 
 def limit(committed: dict[str, float], now: dict[str, float]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -36,8 +37,9 @@ def keep_memory() -> None:
 class Stopwatch:
     """Milliseconds of one call, cold."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, head_start: bool = False) -> None:
+        """head_start: let the host run ahead of a GPU, so that what it takes to launch small kernels is not timed."""
+        self.device, self.head_start = device, head_start
         if device.type == "cpu":
             keep_memory()
         self._buffer = torch.empty(COLD_BYTES.get(device.type, COLD_BYTES["cuda"]), dtype=torch.uint8, device=device)
@@ -45,6 +47,8 @@ class Stopwatch:
     def cool(self) -> None:
         """Fills the caches with something else."""
         self._buffer.fill_(1)
+        if self.device.type != "cpu":
+            self._buffer.view(torch.int64).sum()  # else the fill is written back while the call runs
 
     def warm_time(self, call: Callable[[], Any]) -> float:
         """Without cooling first."""
@@ -54,6 +58,8 @@ class Stopwatch:
             return (time.perf_counter() - began) * 1e3
         device = torch.get_device_module(self.device)
         start, end = device.Event(enable_timing=True), device.Event(enable_timing=True)
+        if self.head_start and self.device.type == "cuda":
+            torch.cuda._sleep(2_000_000)  # about a millisecond
         start.record()
         call()
         end.record()
@@ -66,10 +72,15 @@ class Stopwatch:
 
 
 def interleaved(
-    calls: dict[str, Callable[[], Any]], device: torch.device, *, rounds: int, warmup: int = 2
+    calls: dict[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int = 2,
+    head_start: bool = False,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call in each round; within a round every contestant is called once, in turn."""
-    watch = Stopwatch(device)
+    watch = Stopwatch(device, head_start=head_start)
     for call in calls.values():
         for _ in range(warmup):
             call()
@@ -97,6 +108,11 @@ def device_name(device: torch.device) -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def slug(device: torch.device) -> str:
+    """The device's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
 def _output(*command: str) -> str:

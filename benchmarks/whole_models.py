@@ -3,28 +3,38 @@
 `plain` is our network on stock modules, which is the original code's; `diffusers` is `AutoencoderKLFlux2`, where it is
 installed. Encode gives moments and decode takes raw latents, in bf16; a training step is L1 + 1e-6 KL under bf16
 autocast with fp32 weights, backward, and a fused AdamW.
+
+    python benchmarks/whole_models.py decode --side 256 --rounds 3     # prints the row; on a GPU or a CPU
+
+benchmarks/gpu_report.py runs all sizes.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleaved
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
-from flux2.autoencoder import AutoEncoder, AutoencoderConfig
-from flux2.checkpoints import save_autoencoder
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "benchmarks")) if p not in sys.path]
+from flux2.autoencoder import AUTOENCODERS, AutoEncoder, AutoencoderConfig  # noqa: E402 - after the path
+from flux2.checkpoints import save_autoencoder  # noqa: E402
+from measure import DEVICE, interleaved  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Task:
-    """One comparison; compiled: with the compiled contestants, which take minutes of compiling."""
+    """One comparison; compiled: of the compiled contestants, after minutes of compiling, beside two that are not."""
 
     kind: str
     side: int
@@ -32,7 +42,7 @@ class Task:
     compiled: bool
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.side}x{self.side} batch {self.batch}"
+        return f"{self.kind} {self.side}x{self.side} batch {self.batch}" + (", compiled" if self.compiled else "")
 
 
 @dataclass
@@ -61,7 +71,7 @@ def _diffusers(ae: AutoEncoder) -> nn.Module | str:
         from diffusers.utils import logging
 
         logging.set_verbosity_error()
-    except (ImportError, RuntimeError) as error:
+    except Exception as error:  # an import of many packages fails in many ways
         return f"diffusers cannot be imported ({str(error).splitlines()[0]})"
     with tempfile.TemporaryDirectory() as folder:
         save_autoencoder(ae, folder, layout="diffusers")
@@ -135,14 +145,14 @@ def compare(task: Task, cfg: AutoencoderConfig, device: torch.device, *, rounds:
     output against `plain NCHW`, seconds of the first call. A contestant that runs out of memory is missing, with that
     as the reason. AssertionError if one computes something else.
     """
+    torch.compiler.reset()  # Dynamo keeps at most eight compilations of one function, and would run eager
+    functorch_config.donated_buffer = True  # torch's default; the micro-benchmarks turn it off
     dtype = torch.float32 if task.kind == "train step" else torch.bfloat16
     every, missing = entrants(cfg, dtype, device)
-    compiled = [n for n in ("ours", "plain channels_last", "diffusers channels_last") if n in every]
-    for name in compiled:
-        if task.compiled:
-            every[f"{name}, compiled"] = _compiled(every[name])
-        else:
-            missing[f"{name}, compiled"] = "measured at another size"
+    if task.compiled:
+        best = [name for name in ("ours", "plain channels_last", "diffusers channels_last") if name in every]
+        kept = {name: every[name] for name in ("ours", "plain NCHW")}
+        every = kept | {f"{name}, compiled": _compiled(every[name]) for name in best}
     calls = _calls(task, every, cfg, dtype, device)
     first, memory, outputs = {}, {}, {}
     for name in list(calls):
@@ -151,8 +161,11 @@ def compare(task: Task, cfg: AutoencoderConfig, device: torch.device, *, rounds:
             outputs[name] = calls[name]().float().cpu()
             first[name] = time.perf_counter() - began
             memory[name] = _memory_of(calls[name], device)
-        except torch.OutOfMemoryError:
-            missing[name] = "out of memory"
+        except Exception as error:  # Triton's and Inductor's errors have no common base
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            if name == "ours" and not out_of_memory:
+                raise
+            missing[name] = "out of memory" if out_of_memory else f"fails: {type(error).__name__}"
             del calls[name]
             outputs.pop(name, None)
     errors = {}
@@ -199,7 +212,26 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
                 continue
             memory = "" if c["memory_bytes"] is None else f", {c['memory_bytes'] / 2**30:.2f} GiB"
             cells.append(f"{c['ms']:.4g} ms{memory}")
-        ours = min(c["ms"] for n, c in row["contestants"].items() if n.startswith("ours"))
+        ours = [c["ms"] for n, c in row["contestants"].items() if n.startswith("ours")]
         others = [c["ms"] for n, c in row["contestants"].items() if not n.startswith("ours")]
-        out.append(f"| {row['task']} | {' | '.join(cells)} | {min(others) / ours:.2f} |")
+        gain = f"{min(others) / min(ours):.2f}" if ours and others else "-"
+        out.append(f"| {row['task']} | {' | '.join(cells)} | {gain} |")
     return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("decode", "encode", "train step"))
+    parser.add_argument("--preset", choices=[k for k, c in AUTOENCODERS.items() if c.latent_norm == "batchnorm"],
+                        default="flux.2")  # fmt: skip
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true")
+    args = parser.parse_args()
+    task = Task(args.kind, args.side, args.batch, args.compiled)
+    print("\n".join(lines([compare(task, AUTOENCODERS[args.preset], DEVICE, rounds=args.rounds)])))
+
+
+if __name__ == "__main__":
+    main()

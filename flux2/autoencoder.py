@@ -211,7 +211,7 @@ class AutoEncoder(nn.Module):
     """Image autoencoder of the shape `cfg`; weights random until loaded (`flux2.load_autoencoder`).
 
     Weights and activations are channels_last inside; inputs of either memory format are taken. `backend` is "auto",
-    "triton" or "torch" (`flux2.blocks` says what they are); `set_backend` changes it.
+    "triton" or "torch" (`flux2.blocks` says what they are; ValueError for others); `set_backend` changes it.
     """
 
     def __init__(self, cfg: AutoencoderConfig, backend: str = "auto") -> None:

@@ -50,6 +50,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """conv(SiLU(norm(x + input_bias))), with conv's bias or without; conv has one stride and one padding."""
         if self.backend == "torch":
+            assert input_bias is None and with_bias
             return conv(F.silu(norm(x)))
         stride, padding = conv.stride[0], int(conv.padding[0])
         return norm_silu_conv2d(
@@ -57,11 +58,17 @@ class Block(nn.Module):
             padding, stats, input_bias, self.backend,
         )  # fmt: skip
 
+    def add(self, y: Tensor, residual: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """y + residual + bias and its statistics, in one pass in Triton."""
+        if residual is not None and residual.dtype != y.dtype:  # autocast, with a first block's fp32 input
+            y = y + residual
+            return (y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)), None
+        return add_bias_group_stats(y, residual, bias, self.num_groups, self.backend)
+
     def conv_add(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """conv(x) + residual; with its statistics where one pass gives bias, sum and statistics."""
         if self.runs_triton(x):
-            y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
-            return add_bias_group_stats(y, residual, conv.bias, self.num_groups, self.backend)
+            return self.add(F.conv2d(x, conv.weight, None, conv.stride, conv.padding), residual, conv.bias)
         y = conv(x)
         return y if residual is None else residual + y, None
 
@@ -90,7 +97,7 @@ class ResBlock(Block):
         if not self.same_width:
             assert bias is not None and self.nin_shortcut.bias is not None
             skip, bias = F.conv2d(x, self.nin_shortcut.weight), bias + self.nin_shortcut.bias
-        return add_bias_group_stats(h, skip, bias, self.num_groups, self.backend)
+        return self.add(h, skip, bias)
 
 
 class AttnBlock(Block):
@@ -116,37 +123,36 @@ class AttnBlock(Block):
 
 
 class Downsample(Block):
-    """Halves the sides: zeros on the right and below, then conv3x3 of stride 2."""
+    """Halves the sides: zeros on the right and below, then conv3x3 of stride 2. [N, C, h, w] -> [N, C, h/2, w/2]"""
 
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__(num_groups)
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.conv_add(self.conv, F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(Block):
-    """Doubles the sides: nearest neighbour, then conv3x3."""
+    """Doubles the sides: nearest neighbour, then conv3x3. [N, C, h, w] -> [N, C, 2h, 2w]"""
 
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__(num_groups)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.backend == "torch":
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")), None
         if not self.runs_triton(x):
             return upsample_conv2d(x, self.conv.weight, self.conv.bias), None
-        y = upsample_conv2d(x, self.conv.weight, None)
-        return add_bias_group_stats(y, None, self.conv.bias, self.num_groups, self.backend)
+        return self.add(upsample_conv2d(x, self.conv.weight, None), None, self.conv.bias)
 
 
-class Middle(Block):
+class Middle(nn.Module):
     """Residual block, attention, residual block at the coarsest level. [N, C, h, w] -> same"""
 
     def __init__(self, channels: int, num_groups: int) -> None:
-        super().__init__(num_groups)
+        super().__init__()
         self.block_1 = ResBlock(channels, channels, num_groups)
         self.attn_1 = AttnBlock(channels, num_groups)
         self.block_2 = ResBlock(channels, channels, num_groups)
@@ -155,11 +161,14 @@ class Middle(Block):
         return self.block_2(*self.attn_1(*self.block_1(x, stats)))
 
 
-class Level(Block):
-    """Residual blocks widths[0] -> widths[1] -> ..., attention after each where asked, then a change of sides."""
+class Level(nn.Module):
+    """Residual blocks widths[0] -> widths[1] -> ..., attention after each where asked, then a change of sides.
+
+    [N, widths[0], h, w] -> [N, widths[-1], h', w'], sides halved ("down"), doubled ("up") or as they are.
+    """
 
     def __init__(self, widths: list[int], *, attention: bool, num_groups: int, resample: str) -> None:
-        super().__init__(num_groups)
+        super().__init__()
         self.block = nn.ModuleList(ResBlock(i, o, num_groups) for i, o in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(o, num_groups) for o in widths[1:] if attention)
         self.resample = resample
@@ -174,5 +183,5 @@ class Level(Block):
             if self.attn:
                 x, stats = self.attn[j](x, stats)
         if self.resample == "down":
-            return self.downsample(x, stats)
-        return self.upsample(x, stats) if self.resample == "up" else (x, stats)
+            return self.downsample(x)
+        return self.upsample(x) if self.resample == "up" else (x, stats)

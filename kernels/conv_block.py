@@ -24,14 +24,15 @@ from torch.utils.flop_counter import register_flop_formula
 from .dispatch import autocast_dtype, resolve, tl, triton, without_autocast
 from .group_norm import (
     NAMESPACE,
-    as_laid_out,
-    aten_backward,
-    aten_forward,
     check_norm,
+    dense,
+    detached,
     group_norm_silu_reference,
+    stats_like,
     triton_backward,
     triton_forward,
 )
+from .group_norm_aten import as_laid_out, aten_backward, aten_forward
 from .group_stats import merge_stats, store_partial_stats, welford
 from .tiles import launch, place, plan, unsupported, walk
 
@@ -66,8 +67,8 @@ def add_bias_group_stats_reference(
     if bias is not None:
         y = y + bias.to(acc).view(-1, *[1] * (x.ndim - 2))
     y = y.to(x.dtype)
-    grouped = y.detach().to(acc).reshape(x.shape[0], num_groups, -1)
-    var, mean = torch.var_mean(grouped, dim=2, correction=0)
+    size = math.prod(x.shape[2:]) * (x.shape[1] // num_groups)
+    var, mean = torch.var_mean(y.detach().to(acc).reshape(x.shape[0], num_groups, size), dim=2, correction=0)
     return y, torch.stack((mean, var), dim=-1)
 
 
@@ -123,7 +124,7 @@ def _triton_add(x: Tensor, residual: Tensor | None, bias: Tensor | None, num_gro
     y_strides = walk(y)
     assert r_strides is not None and y_strides is not None
     partial = torch.empty(p.n, p.chunks, 3, p.channels, dtype=torch.float32, device=x.device)
-    stats = torch.empty(p.n, num_groups, 2, dtype=torch.float32, device=x.device)
+    stats = stats_like(x, num_groups)
     launch(
         _add_bias_stats_kernel, p.programs, x, residual, bias, y, partial, *p.strides, *r_strides, *y_strides,
         p.channels, p.rows, p.chunk_rows, p.chunks, HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None,
@@ -149,8 +150,7 @@ def add_bias_group_stats_op(
 
 @add_bias_group_stats_op.register_fake
 def _(x, residual, bias, num_groups, backend):
-    acc = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty_like(x), x.new_empty(x.shape[0], num_groups, 2, dtype=acc)
+    return torch.empty_like(x), stats_like(x, num_groups)
 
 
 def _add_setup_context(ctx, inputs, output):
@@ -193,17 +193,19 @@ def add_bias_group_stats(
         raise ValueError(f"{name}: x: expected floating-point [N, C, *S], got {x.dtype} {list(x.shape)}")
     if num_groups < 1 or x.shape[1] % num_groups or x.shape[1] == 0:
         raise ValueError(f"{name}: num_groups: expected a divisor of the {x.shape[1]} channels, got {num_groups}")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"{name}: x: expected spatial dimensions that are not empty, got {list(x.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"{name}: residual: expected {x.dtype} {list(x.shape)} like x, got {residual.dtype} {list(residual.shape)}"
         )
-    if bias is not None and (bias.shape != x.shape[1:2] or not bias.is_contiguous()):
-        raise ValueError(f"{name}: bias: expected contiguous [{x.shape[1]}], got {list(bias.shape)}")
+    if bias is not None and (bias.shape != x.shape[1:2] or not bias.is_floating_point()):
+        raise ValueError(f"{name}: bias: expected floating-point [{x.shape[1]}], got {bias.dtype} {list(bias.shape)}")
     for what, other in (("residual", residual), ("bias", bias)):
         if other is not None and other.device != x.device:
             raise ValueError(f"{name}: {what}: expected a tensor on {x.device} like x, got one on {other.device}")
     backend = resolve(name, backend, x, unsupported=unsupported)
-    return add_bias_group_stats_op(x, residual, bias, num_groups, backend)
+    return add_bias_group_stats_op(x, residual, dense(bias), num_groups, backend)
 
 
 # --- norm_silu_conv2d ----------------------------------------------------------------------------------------------
@@ -232,17 +234,15 @@ def norm_silu_conv2d_op(
 def _(x, norm_weight, norm_bias, weight, bias, input_bias, stats, num_groups, eps, stride, padding, backend):
     sides = [(side + 2 * padding - k) // stride + 1 for side, k in zip(x.shape[2:], weight.shape[2:], strict=True)]
     y = x.new_empty(x.shape[0], weight.shape[0], *sides).to(memory_format=_conv_format(x, weight))
-    if stats is not None:
-        return y, x.new_empty(0)
-    return y, x.new_empty(x.shape[0], num_groups, 2, dtype=torch.promote_types(x.dtype, torch.float32))
+    return y, stats_like(x, num_groups) if stats is None else x.new_empty(0)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::norm_silu_conv2d_backward", mutates_args=())
 def norm_silu_conv2d_backward_op(
     dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, input_bias: Tensor | None,
-    stats: Tensor, eps: float, stride: int, padding: int, has_bias: bool, given: bool, backend: str,
+    stats: Tensor, eps: float, stride: int, padding: int, of_weight: bool, of_bias: bool, given: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, norm_weight, norm_bias, weight, bias ([0] without), input_bias ([0] without)."""
+    """Gradients of x, norm_weight, norm_bias, weight, bias, input_bias; [0] of those not wanted or not there."""
     triton_runs = backend == "triton" and x.numel()
     num_groups = stats.shape[1]
     z = None
@@ -254,25 +254,28 @@ def norm_silu_conv2d_backward_op(
         h = F.silu(z)
     pads = [padding, padding]
     dh, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy, h, weight, [weight.shape[0]] if has_bias else None, [stride, stride], pads, [1, 1], False, [0, 0], 1,
-        [True, True, has_bias],
+        dy, h, weight, [weight.shape[0]] if of_bias else None, [stride, stride], pads, [1, 1], False, [0, 0], 1,
+        [True, of_weight, of_bias],
     )  # fmt: skip
     del h
     if triton_runs:
         grads = triton_backward(dh, x, norm_weight, norm_bias, input_bias, stats, eps, True)
     else:
         grads = aten_backward(dh, x, norm_weight, norm_bias, input_bias, stats, eps, True, given, z)
-    return *grads[:3], as_laid_out(dweight, weight), dbias if has_bias else x.new_empty(0), grads[3]
+    none = x.new_empty(0)
+    return *grads[:3], as_laid_out(dweight, weight) if of_weight else none, dbias if of_bias else none.clone(), grads[3]
 
 
 @norm_silu_conv2d_backward_op.register_fake
-def _(dy, x, norm_weight, norm_bias, weight, input_bias, stats, eps, stride, padding, has_bias, given, backend):
+def _(
+    dy, x, norm_weight, norm_bias, weight, input_bias, stats, eps, stride, padding, of_weight, of_bias, given, backend
+):  # fmt: skip
     return (
         torch.empty_like(x),
         torch.empty_like(norm_weight),
         torch.empty_like(norm_bias),
-        torch.empty_like(weight),
-        weight.new_empty(weight.shape[0] if has_bias else 0),
+        torch.empty_like(weight) if of_weight else weight.new_empty(0),
+        weight.new_empty(weight.shape[0] if of_bias else 0),
         x.new_empty(0) if input_bias is None else torch.empty_like(input_bias),
     )
 
@@ -290,13 +293,14 @@ def _conv_backward(ctx, dy, _):
     if dy is None:
         return (None,) * 12
     x, norm_weight, norm_bias, weight, input_bias, stats = ctx.saved_tensors
+    of_weight, of_bias = ctx.needs_input_grad[3], ctx.has_bias and ctx.needs_input_grad[4]
     grads = norm_silu_conv2d_backward_op(
-        dy, x, norm_weight, norm_bias, weight, input_bias, stats, ctx.eps, ctx.stride, ctx.padding, ctx.has_bias,
+        dy, x, norm_weight, norm_bias, weight, input_bias, stats, ctx.eps, ctx.stride, ctx.padding, of_weight, of_bias,
         ctx.given, ctx.backend,
     )  # fmt: skip
-    dbias = grads[4] if ctx.has_bias else None
     dinput_bias = None if input_bias is None else grads[5]
-    return *grads[:4], dbias, dinput_bias, None, None, None, None, None, None
+    dweight, dbias = grads[3] if of_weight else None, grads[4] if of_bias else None
+    return *grads[:3], dweight, dbias, dinput_bias, None, None, None, None, None, None
 
 
 norm_silu_conv2d_op.register_autograd(_conv_backward, setup_context=_conv_setup_context)
@@ -339,9 +343,9 @@ def norm_silu_conv2d(
     expected and got, for wrong shapes, dtypes and devices, and where the backend cannot run.
     """
     name = "norm_silu_conv2d"
-    if (dtype := autocast_dtype(x)) is not None:
+    if (dtype := autocast_dtype(x)) is not None and x.dtype != torch.float64:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
-    check_norm(name, x, norm_weight, norm_bias, input_bias, num_groups, stats)
+    check_norm(name, x, norm_weight, norm_bias, input_bias, num_groups, stats, prefix="norm_")
     if x.ndim != 4:
         raise ValueError(f"{name}: x: expected [N, C, H, W], got {list(x.shape)}")
     if weight.ndim != 4 or weight.shape[1] != x.shape[1] or weight.dtype != x.dtype:
@@ -350,6 +354,9 @@ def norm_silu_conv2d(
         )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"{name}: bias: expected {x.dtype} [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}")
+    for what, p in (("weight", weight), ("bias", bias)):
+        if p is not None and p.device != x.device:
+            raise ValueError(f"{name}: {what}: expected a tensor on {x.device} like x, got one on {p.device}")
     if stride < 1 or padding < 0:
         what, least, got = ("stride", 1, stride) if stride < 1 else ("padding", 0, padding)
         raise ValueError(f"{name}: {what}: expected {least} or more, got {got}")
@@ -357,7 +364,8 @@ def norm_silu_conv2d(
         least = "x".join(str(k - 2 * padding) for k in weight.shape[2:])
         raise ValueError(f"{name}: x: expected sides of at least {least} with padding {padding}, got {list(x.shape)}")
     backend = resolve(name, backend, x, unsupported=unsupported)
-    stats = stats if stats is None else stats.detach().contiguous()
+    norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
+    input_bias, stats = dense(input_bias), detached(stats)
     y, _ = norm_silu_conv2d_op(
         x, norm_weight, norm_bias, weight, bias, input_bias, stats, num_groups, eps, stride, padding, backend
     )

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import resolve, tl, triton
+from .group_norm_aten import aten_backward, aten_forward
 from .group_stats import triton_stats
 from .tiles import launch, place, plan, samples_per_pass, unsupported, walk
 
@@ -214,7 +215,8 @@ def triton_apply(
     launch(
         _apply_kernel, p.programs, x, stats, weight, bias, input_bias, y, *p.strides, *y_strides,
         p.channels, p.rows, p.chunk_rows, p.chunks, p.channels // stats.shape[1], eps, SILU=silu,
-        HAS_INPUT_BIAS=input_bias is not None, REVERSE=True, BLOCK_S=p.tiles.rows_apply, BLOCK_C=p.tiles.block_c,
+        HAS_INPUT_BIAS=input_bias is not None, REVERSE=True, BLOCK_S=p.tiles.rows_apply,
+        BLOCK_C=p.tiles.block_c,
         num_warps=p.tiles.num_warps,
     )  # fmt: skip
 
@@ -234,7 +236,7 @@ def triton_forward(
     if stats is not None:
         triton_apply(x, weight, bias, input_bias, stats, eps, silu, y)
         return y, stats
-    stats = torch.empty(x.shape[0], num_groups, 2, dtype=torch.float32, device=x.device)
+    stats = stats_like(x, num_groups)
     step = samples_per_pass(x, tensors=1)
     for first in range(0, x.shape[0], step):
         part = slice(first, first + step)
@@ -290,87 +292,11 @@ def triton_backward(
     return dx, sums[:, 1].sum(0).to(weight.dtype), sums[:, 0].sum(0).to(bias.dtype), dinput_bias
 
 
-# --- torch ---------------------------------------------------------------------------------------------------------
-
-
-def _aten_input(x: Tensor, weight: Tensor, bias: Tensor, input_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x + input_bias dense as aten wants it, weight and bias: fp32 parameters go with bf16 x on a CPU only."""
-    if input_bias is not None:
-        x = x + input_bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
-    acc = torch.promote_types(x.dtype, torch.float32)
-    x = x if x.device.type == "cpu" else x.to(acc)
-    last = x.ndim in (4, 5) and not x.is_contiguous() and x.stride(1) == 1
-    last_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    x = x.contiguous(memory_format=last_format if last else torch.contiguous_format)
-    if last and 1 in x.shape:  # aten reads the layout off all strides, those of sides of one pixel too
-        x = x.as_strided(x.shape, torch.empty_like(x, device="meta", memory_format=last_format).stride())
-    return x, weight.to(acc), bias.to(acc)
-
-
-def as_laid_out(y: Tensor, x: Tensor) -> Tensor:
-    """y with the dtype of x and the strides of empty_like(x); a copy only where they differ."""
-    if y.dtype == x.dtype and y.stride() == x.stride():
-        return y
-    out = torch.empty_like(x)
-    return y if y.dtype == out.dtype and y.stride() == out.stride() else out.copy_(y)
-
-
-def aten_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    input_bias: Tensor | None,
-    stats: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor]:
-    """As triton_forward; stats in fp64 for fp64 x."""
-    h, w, b = _aten_input(x, weight, bias, input_bias)
-    n, channels = x.shape[:2]
-    if stats is None:
-        rows = x.numel() // max(1, n * channels)
-        y, mean, rstd = torch.native_group_norm(h, w, b, n, channels, rows, num_groups, eps)
-        stats = torch.stack((mean, rstd.square().reciprocal() - eps), dim=-1)
-    else:
-        mean, var = stats.repeat_interleave(channels // num_groups, 1).unbind(-1)  # [N, C] each
-        scale = (var + eps).rsqrt() * w
-        shape = [n, channels, *[1] * (x.ndim - 2)]
-        y = torch.addcmul((b - mean * scale).view(shape), h, scale.view(shape))
-    return as_laid_out(F.silu(y, inplace=True) if silu else y, x), stats
-
-
-def aten_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, input_bias: Tensor | None, stats: Tensor, eps: float,
-    silu: bool, given: bool, z: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As triton_backward. given: whether forward was given the statistics; z: aten_forward's with silu=False."""
-    h, w, _ = _aten_input(x, weight, bias, input_bias)
-    n, channels = x.shape[:2]
-    num_groups = stats.shape[1]
-    if silu:
-        if z is None:
-            z, _ = aten_forward(x, weight, bias, input_bias, stats if given else None, num_groups, eps, silu=False)
-        dy = torch.ops.aten.silu_backward(dy, z)
-    if dy.stride() != h.stride() or dy.dtype != h.dtype:
-        dy = torch.empty_like(h).copy_(dy)
-    if x.device.type == "cpu" and channels <= (32 if h.dtype == torch.float32 else 96):
-        h, dy = h.contiguous(), dy.contiguous()  # aten's channels_last backward is up to 8x slower: docs/log.md
-    mean, rstd = stats[..., 0].contiguous(), (stats[..., 1] + eps).rsqrt()
-    dx, dw, db = torch.ops.aten.native_group_norm_backward(
-        dy, h, mean, rstd, w, n, channels, x.numel() // max(1, n * channels), num_groups, [True] * 3
-    )
-    dinput_bias = x.new_empty(0)
-    if input_bias is not None:
-        acc = torch.promote_types(x.dtype, torch.float32)
-        dinput_bias = dx.sum([0, *range(2, x.ndim)], dtype=acc).to(input_bias.dtype)
-    return as_laid_out(dx, x), dw.to(weight.dtype), db.to(bias.dtype), dinput_bias
-
-
 # --- op and autograd -----------------------------------------------------------------------------------------------
 
 
-def _stats_like(x: Tensor, num_groups: int) -> Tensor:
+def stats_like(x: Tensor, num_groups: int) -> Tensor:
+    """Room for statistics of x: [N, G, 2], fp32, or fp64 for fp64 x."""
     return x.new_empty(x.shape[0], num_groups, 2, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -387,7 +313,7 @@ def group_norm_op(
 
 @group_norm_op.register_fake
 def _(x, weight, bias, input_bias, stats, num_groups, eps, silu, backend):
-    return torch.empty_like(x), _stats_like(x, num_groups) if stats is None else x.new_empty(0)
+    return torch.empty_like(x), stats_like(x, num_groups) if stats is None else x.new_empty(0)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::group_norm_backward", mutates_args=())
@@ -431,29 +357,42 @@ group_norm_op.register_autograd(_backward, setup_context=_setup_context)
 
 def check_norm(
     op_name: str, x: Tensor, weight: Tensor, bias: Tensor, input_bias: Tensor | None, num_groups: int,
-    stats: Tensor | None,
+    stats: Tensor | None, prefix: str = "",
 ) -> None:  # fmt: skip
-    """ValueError naming expected and got."""
+    """ValueError naming expected and got; prefix: how weight and bias are called, before their own names."""
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(f"{op_name}: x: expected floating-point [N, C, *S], got {x.dtype} {list(x.shape)}")
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups or channels == 0:
         raise ValueError(f"{op_name}: num_groups: expected a divisor of the {channels} channels, got {num_groups}")
-    for name, p in (("weight", weight), ("bias", bias), ("input_bias", input_bias)):
-        if p is not None and (p.shape != (channels,) or not p.is_floating_point() or not p.is_contiguous()):
+    parameters = ((f"{prefix}weight", weight), (f"{prefix}bias", bias), ("input_bias", input_bias))
+    for name, p in parameters:
+        if p is None and name != "input_bias":
+            raise ValueError(f"{op_name}: {name}: expected floating-point [{channels}] for x {list(x.shape)}, got None")
+        if p is not None and (p.shape != (channels,) or not p.is_floating_point()):
             raise ValueError(
-                f"{op_name}: {name}: expected contiguous floating-point [{channels}] for x {list(x.shape)}, "
+                f"{op_name}: {name}: expected floating-point [{channels}] for x {list(x.shape)}, "
                 f"got {p.dtype} {list(p.shape)}"
             )
-    expected = (x.shape[0], num_groups, 2)
-    if stats is not None and (stats.shape != expected or stats.dtype not in (torch.float32, torch.float64)):
+    expected, dtype = (x.shape[0], num_groups, 2), torch.promote_types(x.dtype, torch.float32)
+    if stats is not None and (stats.shape != expected or stats.dtype != dtype):
         raise ValueError(
-            f"{op_name}: stats: expected float32 {list(expected)} for x {list(x.shape)} in {num_groups} groups, "
+            f"{op_name}: stats: expected {dtype} {list(expected)} for x {list(x.shape)} in {num_groups} groups, "
             f"got {stats.dtype} {list(stats.shape)}"
         )
-    for name, p in (("weight", weight), ("bias", bias), ("input_bias", input_bias), ("stats", stats)):
+    for name, p in (*parameters, ("stats", stats)):
         if p is not None and p.device != x.device:
             raise ValueError(f"{op_name}: {name}: expected a tensor on {x.device} like x, got one on {p.device}")
+
+
+def dense(p: Tensor | None) -> Tensor | None:
+    """A parameter [C] as kernels read it."""
+    return None if p is None else p.contiguous()
+
+
+def detached(stats: Tensor | None) -> Tensor | None:
+    """Statistics as kernels read them; they have no gradient."""
+    return None if stats is None else stats.detach().contiguous()
 
 
 def group_norm(
@@ -471,10 +410,12 @@ def group_norm(
     weight, bias, input_bias: [C], of any floating dtype (fp32 with bf16 x is usual); all four have gradients, once
     differentiable. stats: fp32 [N, G, 2], mean and biased variance of x + input_bias, as `add_bias_group_stats`
     returns; computed if not given. They are not differentiated: x's gradient is the full one of GroupNorm either way.
+    eps is added to the variance; nn.GroupNorm's own default is 1e-5. Reverse mode only: forward-mode AD, as in
+    torch.func.jvp, gives no tangent, a limit of torch.library.custom_op.
 
-    backend: "triton" takes fp32, bf16 and fp16 whose spatial dimensions can be walked as one; "torch" is aten; both
-    save x and the statistics only. "auto" is Triton on a GPU where it can run, else torch. Autocast changes nothing: y
-    has x's dtype.
+    backend: "triton" takes fp32, bf16 and fp16 whose spatial dimensions can be walked as one, channels inside or
+    outside of them, nothing expanded; "torch" is aten, with its statistics (`group_norm_aten`); both save x and the
+    statistics only. "auto" is Triton on a GPU where it can run, else torch. Autocast changes nothing: y has x's dtype.
     The gradient of y may have any strides; where they differ in order from x's, it is copied.
 
     ValueError, naming expected and got, for wrong shapes, dtypes and devices, and where the backend cannot run.
@@ -492,13 +433,13 @@ def group_norm_silu(
     input_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """silu(group_norm(x + input_bias)); arguments, errors and gradients as `group_norm`."""
+    """silu(group_norm(x + input_bias)), silu(z) = z sigmoid(z) (arXiv:1702.03118); all else as `group_norm`."""
     return _group_norm("group_norm_silu", x, weight, bias, num_groups, eps, stats, input_bias, backend, silu=True)
 
 
 def _group_norm(op_name, x, weight, bias, num_groups, eps, stats, input_bias, backend, silu):
     check_norm(op_name, x, weight, bias, input_bias, num_groups, stats)
     backend = resolve(op_name, backend, x, unsupported=unsupported)
-    stats = stats if stats is None else stats.detach().contiguous()
+    weight, bias, input_bias, stats = weight.contiguous(), bias.contiguous(), dense(input_bias), detached(stats)
     y, _ = group_norm_op(x, weight, bias, input_bias, stats, num_groups, eps, silu, backend)
     return y

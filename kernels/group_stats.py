@@ -42,7 +42,17 @@ def store_partial_stats(partial_ptr, pivot, mean, m2, n, c, chunk, chunks, start
 
 @triton.jit(do_not_specialize=["chunks"])
 def _partial_stats_kernel(
-    x_ptr, partial_ptr, x_sn, x_sc, x_ss, C, L, chunk_rows, chunks, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr,
+    partial_ptr,
+    x_sn,
+    x_sc,
+    x_ss,
+    C,
+    L,
+    chunk_rows,
+    chunks,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """Pivot, mean and centred sum of squares of each channel over one chunk."""
     n, c, chunk, start, end = place(C, L, chunk_rows, chunks, BLOCK_C, False)

@@ -56,8 +56,8 @@ TILES: dict[str, Tiles] = {
     "last-16":  Tiles(block_c=16,  rows_stats=128, rows_apply=256, rows_grad=128),
     "last-ragged": Tiles(block_c=16, rows_stats=64, rows_apply=64, rows_grad=64),  # 16 does not divide C
     # NCHW: the rows of a channel are contiguous.
-    "first-long": Tiles(block_c=2, rows_stats=1024, rows_apply=2048, rows_grad=1024),
-    "first-short": Tiles(block_c=16, rows_stats=128, rows_apply=128, rows_grad=128),
+    "first-long": Tiles(block_c=2, rows_stats=1024, rows_apply=2048, rows_grad=512),
+    "first-short": Tiles(block_c=16, rows_stats=128, rows_apply=128, rows_grad=64),
     "first-ragged": Tiles(block_c=8, rows_stats=64, rows_apply=64, rows_grad=64),  # 16 does not divide L
 }
 # fmt: on
@@ -178,4 +178,4 @@ def place(C, L, chunk_rows, chunks, BLOCK_C: tl.constexpr, REVERSE: tl.constexpr
     chunk = (pid // c_blocks) % chunks
     n = pid // c_blocks // chunks
     start = chunk * chunk_rows
-    return n, c, chunk, start, tl.minimum(start + chunk_rows, L)
+    return n, c, chunk, start, start + tl.minimum(chunk_rows, L - start)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import resolve, without_autocast
+from .dispatch import autocast_dtype, resolve, without_autocast
 
 
 def upsample_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,6 +65,11 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backe
     resolve("upsample_conv2d", backend, x, supported=("torch",))
     if x.ndim != 4:
         raise ValueError(f"upsample_conv2d: x: expected [N, C_in, H, W], got {list(x.shape)}")
+    if not x.is_floating_point() or 0 in x.shape[2:]:
+        raise ValueError(f"upsample_conv2d: x: expected floating-point with sides, got {x.dtype} {list(x.shape)}")
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and autocast_dtype(x) is None and p.dtype != x.dtype:
+            raise ValueError(f"upsample_conv2d: {name}: expected {x.dtype} like x, got {p.dtype}")
     if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(
             f"upsample_conv2d: weight: expected [C_out, {x.shape[1]}, 3, 3] for x {list(x.shape)}, "

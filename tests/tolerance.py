@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 
-def assert_no_worse(got: Tensor, base: Tensor, truth: Tensor, *, factor: float = 2.0, ulps: float = 2.0) -> None:
+def assert_no_worse(got: Tensor, base: Tensor, truth: Tensor, *, ulps: float = 2.0) -> None:
     """got: the op; base: eager torch in got's dtype; truth: fp64. Errors against truth, as maximum and as rms.
 
-    Got's error may be `factor` times base's, plus `ulps` units in the last place of truth's own size. A NaN fails.
+    Got's error may be twice base's, plus `ulps` units in the last place of truth's own size; four times base's for
+    fewer than 64 values, of which the largest error is a matter of luck for both. A NaN fails.
     """
+    factor = 2.0 if truth.numel() >= 64 else 4.0
     assert got.shape == base.shape == truth.shape, f"{got.shape}, {base.shape}, {truth.shape}"
     assert got.dtype == base.dtype and truth.dtype == torch.float64, f"{got.dtype}, {base.dtype}, {truth.dtype}"
     for name, stat in (("max", lambda e: e.abs().max()), ("rms", lambda e: e.square().mean().sqrt())):

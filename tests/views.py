@@ -10,7 +10,7 @@ def views(draw, max_rank: int = 3, min_rank: int = 0):
     """(x, groups): a tensor [N, C, *S] that is some view of a larger one (permuted, sliced, expanded), of any dtype."""
     rank = draw(st.integers(min_rank, max_rank))
     per_group, groups = draw(st.integers(1, 7)), draw(st.integers(1, 4))
-    shape = [draw(st.integers(2, 3)), per_group * groups, *(draw(st.integers(1, 9)) for _ in range(rank))]
+    shape = [draw(st.integers(1, 3)), per_group * groups, *(draw(st.integers(1, 9)) for _ in range(rank))]
     steps = [draw(st.sampled_from([1, 1, 1, 2])) for _ in shape]
     expanded = draw(st.sets(st.integers(0, rank + 1), max_size=2)) if draw(st.booleans()) else ()
     order = draw(st.permutations(range(len(shape))))

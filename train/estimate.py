@@ -11,7 +11,7 @@ from flux2.losses import l1, laplacian_loss
 from train.configs import VaeConfig
 
 
-def step_cost(config: VaeConfig) -> tuple[int, int, int]:
+def step_cost(config: VaeConfig, backend: str = "auto") -> tuple[int, int, int]:
     """(parameters, floating-point operations of one crop's forward and backward, bytes it saves for backward).
 
     Operations are two per multiply-add of convolutions and matrix products. Bytes are those of the eager autograd
@@ -19,7 +19,7 @@ def step_cost(config: VaeConfig) -> tuple[int, int, int]:
     """
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     with torch.device("meta"):
-        ae = AutoEncoder(config.autoencoder).to(dtype)
+        ae = AutoEncoder(config.autoencoder, "torch" if backend == "torch" else "auto").to(dtype)
         x = torch.empty(1, 3, config.resolution, config.resolution, dtype=dtype)
     own = {p.untyped_storage()._cdata for p in ae.parameters()}
     saved: dict[int, Tensor] = {}  # one tensor a storage, kept so that no two share an address
@@ -38,9 +38,9 @@ def step_cost(config: VaeConfig) -> tuple[int, int, int]:
     return sum(p.numel() for p in ae.parameters()), counter.get_total_flops(), saved_bytes
 
 
-def estimate(config: VaeConfig) -> str:
+def estimate(config: VaeConfig, backend: str = "auto") -> str:
     """The lines `--dry-run` prints after the config."""
-    parameters, flops, saved = step_cost(config)
+    parameters, flops, saved = step_cost(config, backend)
     fixed, activations = parameters * 4 * 5, saved * config.batch  # weights, gradients, two moments, EMA: 4 bytes each
     crops = config.steps * config.batch
     return "\n".join(

@@ -185,7 +185,7 @@ def train(config: VaeConfig, run: RunOptions) -> int:
     if run.dry_run:
         from train.estimate import estimate
 
-        print(describe(config) + estimate(config))
+        print(describe(config) + estimate(config, run.backend))
         return 0
     resuming = run.resume == "auto"
     folder = (latest_run_folder if resuming else new_run_folder)(run.out, run.name, config.preset)

@@ -53,7 +53,14 @@ def test_every_section_has_every_row_and_says_on_what(ran):
     env = report["environment"]
     assert env["tiny"] and env["sources"] == gpu_report.sources() and env["packages"]["torch"]
     assert {"commit", "device", "driver", "cuda", "threads", "python"} <= env.keys()
-    assert "20 of 20 comparisons with fp64 pass" in said and "| decode 8x8 batch 1 |" in said
+    assert "26 of 26 comparisons with fp64 pass" in said and "| decode 8x8 batch 1 |" in said
+
+
+@pytest.mark.gpu
+def test_kernels_are_right_at_full_size():
+    """The report's correctness section, on the GPU that the suite has."""
+    for name, (call, _) in gpu_report.rows_of("correctness", gpu_report.torch.device("cuda"), False).items():
+        assert call()["backend"] == "triton", name
 
 
 def test_rows_hold_every_contestant_or_why_it_is_missing(ran):
@@ -65,7 +72,9 @@ def test_rows_hold_every_contestant_or_why_it_is_missing(ran):
     for c in row["contestants"].values():
         assert c["gb_per_s"] == pytest.approx(row["bytes"] / c["ms"] / 1e6)
     row = sections["autoencoder"]["decode 8x8 batch 1"]
-    assert {"ours", "plain NCHW", "plain channels_last", "ours, compiled"} <= set(row["contestants"])
+    assert {"ours", "plain NCHW", "plain channels_last"} == set(row["contestants"])
+    compiled = sections["autoencoder"]["decode 8x8 batch 1, compiled"]["contestants"]
+    assert {"ours", "plain NCHW", "ours, compiled", "plain channels_last, compiled"} == set(compiled)
     assert "diffusers cannot be imported" in row["missing"]["diffusers channels_last"]
     assert all(c["error"] <= 0.05 for c in row["contestants"].values())
 
@@ -112,7 +121,8 @@ def test_a_row_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(gpu_report, "rows_of", lambda *a: {"bad": (broken, 0), "good": (lambda: {}, 0)})
     monkeypatch.setattr(gpu_report, "markdown", lambda report: "")
     out = tmp_path / "report.json"
-    assert main([*TINY, "--only", "kernels", "--out", str(out)]) == 0
+    assert main([*TINY, "--only", "kernels", "--out", str(out)]) == 1
+    assert "1 rows failed: bad" in capsys.readouterr().err
     rows = json.loads(out.read_text())["sections"]["kernels"]
     assert rows["good"]["ok"] and rows["bad"]["why"] == "CUDA error: an illegal memory access"
 
@@ -145,6 +155,7 @@ def test_out_of_time_is_said_and_keeps_what_there_is(tmp_path, monkeypatch, caps
         (TINY, b'{"environment": ', "expected a report of this program or no file"),
         (TINY, b"[]", "expected a report of this program or no file"),
         ([*TINY, "--only", "speed"], None, "invalid choice: 'speed'"),
+        ([*TINY, "--minutes", "nan"], None, "--minutes: expected a positive number, got nan"),
     ],
 )
 def test_bad_input_is_named_and_touches_nothing(arguments, content, message, tmp_path, capsys):
@@ -155,6 +166,31 @@ def test_bad_input_is_named_and_touches_nothing(arguments, content, message, tmp
         main([*arguments, "--out", str(out)])
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert out.read_bytes() == content if content else not out.exists()
+
+
+def test_tiny_sizes_are_not_written_among_results(capsys):
+    with pytest.raises(SystemExit):
+        main(TINY)
+    assert "--tiny: expected --out FILE with it" in capsys.readouterr().err
+
+
+def test_interruption_keeps_rows_and_says_so(tmp_path, monkeypatch, capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_report, "rows_of", lambda *a: {"done": (lambda: {}, 0), "cut": (stopped, 0)})
+    out = tmp_path / "report.json"
+    assert main([*TINY, "--only", "kernels", "--out", str(out)]) == 130
+    assert "run again to go on" in capsys.readouterr().err
+    assert list(json.loads(out.read_text())["sections"]["kernels"]) == ["done"]
+
+
+def test_a_damaged_result_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gpu-bad.json").write_text("{")
+    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--docs"])
+    assert "gpu-bad.json: expected a report of this program" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
@@ -174,7 +210,10 @@ def test_the_page_holds_the_tables_of_the_committed_results():
 def test_tables_are_written_from_reports(ran, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
     assert gpu_report.gpu_tables() == "No GPU has run the report yet: no figure is claimed.\n"
-    (tmp_path / "gpu-some.json").write_bytes(ran[1].read_bytes())
+    file = tmp_path / "gpu-some.json"
+    file.write_bytes(ran[1].read_bytes())
+    assert gpu_report.gpu_tables().startswith("No GPU has run")  # tiny: not a result
+    file.write_text(ran[1].read_text().replace('"tiny": true', '"tiny": false'))
     table = gpu_report.gpu_tables()
     ms = json.loads(ran[1].read_text())["sections"]["autoencoder"]["decode 8x8 batch 1"]["contestants"]["ours"]["ms"]
-    assert "20 of 20 comparisons" in table and f"| decode 8x8 batch 1 | {ms:.4g} ms" in table
+    assert "26 of 26 comparisons" in table and f"| decode 8x8 batch 1 | {ms:.4g} ms" in table

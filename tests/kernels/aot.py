@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 import kernels
 from kernels import dispatch
 from kernels.tiles import TILES
+from kernels.timesteps import LAWS
 
 TABLE = Path(__file__).with_name("aot_table.json")
 TARGETS = {
@@ -37,7 +38,7 @@ FP64 = re.compile(r"\b(add|mul|fma|div|rcp|sqrt|sub|rsqrt)\S*\.f64|v_(add|mul|fm
 
 # row of the tile table, or what is unusual -> x's shape, channels_last, dtypes
 CASES = {
-    "last-128": ((1, 128, 64, 64), True, (torch.bfloat16, torch.float32)),
+    "last-128": ((1, 128, 64, 64), True, (torch.bfloat16, torch.float32, torch.float16)),
     "last-64": ((1, 192, 64, 64), True, (torch.bfloat16,)),
     "last-32": ((1, 96, 64, 64), True, (torch.bfloat16,)),
     "last-16": ((1, 48, 64, 64), True, (torch.bfloat16,)),
@@ -46,6 +47,7 @@ CASES = {
     "last-ragged": ((2, 12, 5, 7), True, (torch.bfloat16,)),
     "first-ragged": ((2, 12, 35, 37), False, (torch.bfloat16,)),
 }
+FLOW_CASES = ("last-128", "first-long", "last-ragged", "first-ragged")
 assert set(TILES) <= set(CASES), "a row of the tile table has no case"
 
 
@@ -81,25 +83,43 @@ def compiled_kernels(target: GPUTarget, run) -> list:
     return found
 
 
-def use_every_op(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> None:
-    """Every kernel, with each of its switches on; and forward with them off."""
+def use_norms(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> None:
+    """Every kernel of the norms, with each of its switches on; and forward with them off."""
     x = torch.zeros(shape, dtype=dtype).contiguous(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
     groups = 4 if shape[1] == 12 else 16
     w, b, input_bias = (torch.zeros(shape[1], requires_grad=True) for _ in range(3))
-    y = kernels.group_norm_silu(x.requires_grad_(), w, b, groups, input_bias=input_bias, backend="triton")
-    y.backward(torch.zeros_like(y))
+    for shift in (input_bias, None):
+        y = kernels.group_norm_silu(x.requires_grad_(), w, b, groups, input_bias=shift, backend="triton")
+        y.backward(torch.zeros_like(y))
+    kernels.add_bias_group_stats(x, None, b, groups, backend="triton")
     y, stats = kernels.add_bias_group_stats(x, x, b, groups, backend="triton")
     y = kernels.group_norm(x, w, b, groups, stats=stats, backend="triton")
     y.backward(torch.zeros_like(y))
+
+
+def use_flow_ops(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> None:
+    """The kernels that have no row of the tile table, with their switches on and off."""
+    x = torch.zeros(shape, dtype=dtype).contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+    for noise, t in ((None, None), (x, torch.zeros(len(x)))):
+        kernels.flow_match_inputs(x, noise=noise, t=t, backend="triton")
+    for law in LAWS:
+        kernels.sample_timesteps(64, law, backend="triton")
+    width = 100 if shape[1] % 16 else 768
+    p, y = (torch.zeros(4, 9, width, dtype=dtype, requires_grad=True) for _ in range(2))
+    kernels.repa_loss(p, y, backend="triton").backward()
+    kernels.repa_loss(p, y.detach(), backend="triton").backward()
 
 
 def switches(kernel, compiled) -> str:
     """The constexprs that are on."""
     on = {k[0]: v for k, v in compiled.src.constants.items()}
     names = [p.name for p in kernel.params]
-    return "+".join(names[i] for i, v in sorted(on.items()) if v is True and names[i] != "REVERSE")
+    laws = [LAWS[v] for i, v in on.items() if names[i] == "LAW"]
+    return "+".join(laws + [names[i] for i, v in sorted(on.items()) if v is True and names[i] != "REVERSE"])
 
 
 def read_nvidia(compiled) -> dict:
@@ -138,10 +158,16 @@ def read_amd(compiled) -> dict:
     }
 
 
-def with_fp64_eps(kernel, compiled, target: GPUTarget):
-    """The kernel as callers compile it that hand eps over as fp64."""
+def takes_numbers(compiled) -> bool:
+    """Whether a float is among its arguments."""
+    return "fp32" in compiled.src.signature.values()
+
+
+def with_fp64_numbers(kernel, compiled, target: GPUTarget):
+    """The kernel as callers compile it that hand Python's floats over as fp64."""
     src = compiled.src
-    source = ASTSource(kernel, {**src.signature, "eps": "fp64"}, src.constants, src.attrs)
+    signature = {name: "fp64" if kind == "fp32" else kind for name, kind in src.signature.items()}
+    source = ASTSource(kernel, signature, src.constants, src.attrs)
     return triton.compile(source, target=target, options={"num_warps": compiled.metadata.num_warps})
 
 
@@ -152,23 +178,25 @@ def report(target_name: str) -> dict[str, dict]:
     rows = {}
     for case, (shape, channels_last, dtypes) in CASES.items():
         for dtype in dtypes:
-            found = compiled_kernels(target, lambda s=shape, c=channels_last, d=dtype: use_every_op(s, c, d))
+            found = compiled_kernels(target, lambda s=shape, c=channels_last, d=dtype: use_norms(s, c, d))
+            if case in FLOW_CASES:
+                found += compiled_kernels(target, lambda s=shape, c=channels_last, d=dtype: use_flow_ops(s, c, d))
             for kernel, compiled in found:
                 name = f"{case} {str(dtype)[6:]} {kernel.__name__} {switches(kernel, compiled)}".strip()
                 if name not in rows:
                     rows[name] = read(compiled) | {"shared": compiled.metadata.shared}
-                    if case == "last-128" and "eps" in kernel.arg_names:
-                        rows[name]["fp64"] += read(with_fp64_eps(kernel, compiled, target))["fp64"]
+                    if case == "last-128" and takes_numbers(compiled):
+                        rows[name]["fp64"] += read(with_fp64_numbers(kernel, compiled, target))["fp64"]
     return rows
 
 
 def variants() -> dict[str, int]:
-    """How many times each kernel is compiled for sm_90 when five resolutions of one network's shape come by."""
-    sides = ((32, 32), (48, 64), (64, 64), (40, 56), (128, 96))
+    """How many times each kernel is compiled for sm_90 when seven resolutions of one network's shape come by."""
+    sides = ((32, 32), (48, 64), (64, 64), (40, 56), (128, 96), (33, 35), (17, 64))
 
     def use_all():
         for height, width in sides:
-            use_every_op((1, 128, height, width), True, torch.bfloat16)
+            use_norms((1, 128, height, width), True, torch.bfloat16)
 
     found = compiled_kernels(TARGETS["sm_90"], use_all)
     hashes = {(kernel.__name__, switches(kernel, compiled)): set() for kernel, compiled in found}

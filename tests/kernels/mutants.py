@@ -11,6 +11,7 @@ import importlib
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from gradients import LAYOUTS, check, eager_norm, randn
 from interpreter import add_as_a_tree
 
 ROOT = Path(__file__).parents[2]
+BROKEN = 7  # exit code of a mutant that does not run
 
 # name -> file, what to replace, by what
 MUTANTS: dict[str, tuple[tuple[str, str, str], ...]] = {
@@ -33,7 +35,7 @@ MUTANTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("group_norm.py", "p.channels // stats.shape[1],", "triton.next_power_of_2(p.channels // stats.shape[1]),"),
     ),
     "two spatial dimensions only": (
-        ("tiles.py", "    rows = x.numel() // (n * channels)\n", "    rows = x.shape[2:4].numel()\n"),
+        ("tiles.py", "channels, x.numel() // (n * channels), strides", "channels, x.shape[2:4].numel(), strides"),
     ),
     "variance as the mean square less the squared mean": (
         ("group_stats.py", "m2 += tl.where(keep, delta * (x - mean), 0.0)", "m2 += tl.where(keep, x * x, 0.0)"),
@@ -53,6 +55,19 @@ MUTANTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("conv_block.py", "y_ss, y, mask=keep)", "y_ss, y.to(y_ptr.dtype.element_ty), mask=keep)"),
     ),
     "bias of the sum left out": (("conv_block.py", "    return y + bias\n", "    return y\n"),),
+    "cosine's gradient without its second term": (("repa_loss.py", "(b * other - pull * mine)", "b * other"),),
+    "rows cut after one block": (
+        ("repa_loss.py", "for d0 in range(0, D, BLOCK_D):", "for d0 in range(0, BLOCK_D, BLOCK_D):"),
+    ),
+    "a row of zeros divided by eps": (
+        ("repa_loss.py", "tl.sqrt(squares), 1e-8), 0.0)", "tl.sqrt(squares), 1e-8), 1e8)"),
+    ),
+    "the knee at the median": (("timesteps.py", "    y *= sign\n", "    y = location\n"),),
+    "one quadrant's sign": (("timesteps.py", "tl.where(((quarter + 1) & 2) == 2, -cos, cos)", "cos"),),
+    "the same noise for every sample": (
+        ("timesteps.py", "first_index + sample, step, NOISE_STREAM", "first_index + sample * 0, step, NOISE_STREAM"),
+    ),
+    "noise in the order of memory": (("timesteps.py", "element = c * L + s", "element = i"),),
 }  # fmt: skip
 
 # Three channels a group, odd sides, spatial rank 1 to 3, cut chunks; the last needs three of them in channels_last
@@ -63,6 +78,8 @@ def compare(package) -> None:
     """Every op of the package against fp64, in both layouts; AssertionError where it is worse than eager torch."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
+    tiles = importlib.import_module(f"{package.__name__}.tiles")
+    tiles.MIN_PROGRAMS = 1  # chunks of several tiles, as large tensors have
     for shape, groups in SHAPES:
         for layout in LAYOUTS:
             x, dy = randn(shape, layout=layout), randn(shape, layout=layout)
@@ -79,9 +96,35 @@ def compare(package) -> None:
             values = y.double().reshape(shape[0], groups, -1)
             close(stats[..., 0], values.mean(2), 1e-6, "mean of what is stored", values.abs().max())
             close(stats[..., 1], values.var(2, correction=0), 2e-6, "variance of what is stored")
+        compare_flow(package, shape)
     far, w, b = randn((1, 8, 16, 24)) * 0.1 + 300, torch.ones(8), torch.zeros(8)
     y = package.group_norm(far, w, b, 2, backend="triton")
     close(y, eager_norm(2, silu=False)(far.double(), w.double(), b.double()), 1e-3, "norm of values far from zero")
+
+
+def compare_flow(package, shape) -> None:
+    """Cosine loss and flow inputs of the package."""
+    loss, cosine = package.repa_loss, torch.nn.functional.cosine_similarity
+    p, y = randn((shape[1], 600)), randn((shape[1], 600))
+    p[1] = 0
+    grads = []
+    for f, a, b in (
+        (lambda a, b: loss(a, b, backend="triton"), p, y),
+        (lambda a, b: -cosine(a, b, dim=-1).mean(), p.double(), y.double()),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (a, b)]
+        value = f(*leaves)
+        grads.append([value, *torch.autograd.grad(value, leaves)])
+    for i, (got, truth) in enumerate(zip(*grads, strict=True)):
+        if i:
+            truth[1] = 0
+        close(got.detach(), truth.detach(), 1e-5, "cosine loss")
+    assert abs(importlib.import_module(f"{package.__name__}.timesteps").plateau(1.5325568, 1.0).knee - 0.913727) < 1e-5
+    for layout in LAYOUTS:
+        x = randn(shape, layout=layout)
+        got, truth = (package.flow_match_inputs(x, shift=4.63, seed=3, backend=b) for b in ("triton", "torch"))
+        for a, b in zip(got, truth, strict=True):
+            close(a, b.double(), 1e-5, "flow inputs")
 
 
 def close(got, truth, tolerance: float, what: str, size=None) -> None:
@@ -104,12 +147,16 @@ def rejected(folder: Path, name: str, changes: tuple[tuple[str, str, str], ...])
         try:
             compare(importlib.import_module(package))
         except AssertionError as error:
-            os.write(writer, str(error).encode())
+            os.write(writer, (str(error) or "assertion").encode())
+        except BaseException:
+            traceback.print_exc()
+            os._exit(BROKEN)
         os._exit(0)
     os.close(writer)
     _, status = os.waitpid(child, 0)
     said = os.fdopen(reader).read()
-    return said or (None if status == 0 else f"the process ended with status {status}")
+    assert os.waitstatus_to_exitcode(status) != BROKEN, f"{name}: does not run at all, which proves nothing"
+    return said or (None if status == 0 else f"ended by signal {-os.waitstatus_to_exitcode(status)}")
 
 
 def main() -> None:

@@ -1,7 +1,5 @@
 """norm_silu_conv2d and add_bias_group_stats, aten and the real kernels, against fp64; what is saved, what is moved."""
 
-import sys
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -19,15 +17,15 @@ from gradients import (
 )
 from hypothesis import assume, given, settings
 from tolerance import assert_no_worse
-from torch import nn
 from views import REFUSALS, settled, views
 
-from kernels import add_bias_group_stats, conv_block, group_norm, group_norm_silu, norm_silu_conv2d
+from kernels import add_bias_group_stats, group_norm, group_norm_silu, norm_silu_conv2d
 from kernels.conv_block import (
     add_bias_group_stats_op,
     add_bias_group_stats_reference,
     norm_silu_conv2d_backward_op,
     norm_silu_conv2d_op,
+    norm_silu_conv2d_reference,
 )
 
 BACKENDS = ("torch", "triton")
@@ -175,6 +173,24 @@ def test_opcheck(layout, given, backend):
     torch.library.opcheck(add_bias_group_stats_op, (leaves[0], leaves[0].detach(), leaves[5], 4, backend))
     empty = [leaves[0].detach()[:0].requires_grad_(), *leaves[1:]]
     torch.library.opcheck(norm_silu_conv2d_op, (*empty, None, 4, 1e-6, 1, 1, backend))
+    torch.library.opcheck(add_bias_group_stats_op, (empty[0], None, leaves[5], 4, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_weights_get_no_gradient_and_the_others_the_same(backend):
+    tensors = inputs((2, 12, 6, 7), 8, torch.float32)
+    dy = randn((2, 8, 6, 7))
+    every = run(op(4, backend), tensors, dy)[1:]
+    leaves = [t.detach().clone().requires_grad_(i not in (3, 4)) for i, t in enumerate(tensors)]
+    grads = torch.autograd.grad(op(4, backend)(*leaves), [t for t in leaves if t.requires_grad], dy)
+    for a, b in zip(grads, [*every[:3], every[5]], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_is_added(backend):
+    y, stats = add_bias_group_stats(randn((0, 12, 4, 4)), None, randn(12), 4, backend=backend)
+    assert y.shape == (0, 12, 4, 4) and stats.shape == (0, 4, 2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -197,88 +213,12 @@ def test_fake_cuda_tensors(layout):
         y = norm_silu_conv2d(x, p, p, w, None, input_bias=p, stride=2)
         stats = torch.empty(2, 32, 2, device="cuda")
         dx, dnw, _, dw, _, di = norm_silu_conv2d_backward_op(
-            y, x, p, p, w, p, stats, 1e-6, 2, 1, False, False, "triton"
+            y, x, p, p, w, p, stats, 1e-6, 2, 1, True, False, False, "triton"
         )
         s, of_s = add_bias_group_stats(x, x, p)
     assert y.shape == (2, 32, 5, 4) and y.is_contiguous(memory_format=fmt) and y.device.type == "cuda"
     for t, like in ((dx, x), (dw, w), (dnw, p), (di, p), (s, x), (of_s, stats)):
         assert t.shape == like.shape and t.stride() == like.stride() and t.dtype == like.dtype
-
-
-class PlainBlock(nn.Module):
-    """A residual block of stock modules."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm1, self.norm2 = (nn.GroupNorm(8, channels, 1e-6) for _ in range(2))
-        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-
-    def forward(self, x):
-        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-
-
-def fused_block(block, x, backend, stats=None):
-    """As PlainBlock: (y, statistics of y)"""
-    n1, n2, c1, c2 = block.norm1, block.norm2, block.conv1, block.conv2
-    h = norm_silu_conv2d(x, n1.weight, n1.bias, c1.weight, None, 8, stats=stats, backend=backend)
-    h = norm_silu_conv2d(h, n2.weight, n2.bias, c2.weight, None, 8, input_bias=c1.bias, backend=backend)
-    return add_bias_group_stats(h, x, c2.bias, 8, backend=backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_block_saves_at_most_045_of_the_bytes(backend):
-    block = PlainBlock(32).to(DEVICE, memory_format=torch.channels_last)
-    x = randn((2, 32, 16, 16), layout="channels_last").requires_grad_()
-
-    def saved_bytes(f):
-        own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-        seen = {}
-
-        def note(t):
-            if t.untyped_storage().data_ptr() not in own:
-                seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            y = f(x)
-        return sum(seen.values()), y
-
-    plain_bytes, plain = saved_bytes(block)
-    fused_bytes, fused = saved_bytes(lambda x: fused_block(block, x, backend)[0])
-    assert fused_bytes <= 0.45 * plain_bytes, f"{fused_bytes} of {plain_bytes}"
-    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
-
-
-def test_a_block_moves_16_bytes_an_element(monkeypatch):
-    """Counted from the launches: every activation that a kernel is given is read or written once. Plain: 34."""
-    x = randn((1, 32, 32, 32), torch.bfloat16, "channels_last")
-    block = PlainBlock(32).to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
-    moved = []
-
-    def counted(kernel, programs, *args, **options):
-        moved.append(sum(a.nbytes for a in args if isinstance(a, torch.Tensor) and a.shape == x.shape))
-        return launch(kernel, programs, *args, **options)
-
-    launch = conv_block.launch
-    for module in ("conv_block", "group_norm", "group_stats"):  # kernels.group_norm is the function
-        monkeypatch.setattr(sys.modules[f"kernels.{module}"], "launch", counted)
-    _, stats = add_bias_group_stats(x, None, None, 8, backend="triton")
-    moved.clear()
-    fused_block(block, x, "triton", stats)
-    assert [b // x.numel() for b in moved if b] == [4, 2, 4, 6]  # apply, statistics, apply, add
-    assert sum(moved) == 16 * x.numel()
-
-
-def test_chained_blocks_equal_plain_ones():
-    blocks = [PlainBlock(16).to(DEVICE) for _ in range(3)]
-    x = randn((2, 16, 8, 8), layout="channels_last")
-    y, stats = x, None
-    for block in blocks:
-        y, stats = fused_block(block, y, "triton", stats)
-    plain = x
-    for block in blocks:
-        plain = block(plain)
-    torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -321,8 +261,9 @@ def test_any_view_is_convolved_right_or_refused(view, kernel, stride, backend):
         return
     reference = eager(groups, stride, padding)
     got, base = (f(*tensors) for f in (op(groups, backend, stride, padding), reference))
-    truth = reference(*(t.double() for t in tensors))
-    assert_no_worse(got, base, truth, factor=2.0 if truth.numel() >= 64 else 4.0)
+    doubles = [t.double() for t in tensors]
+    truth = norm_silu_conv2d_reference(*doubles, groups, 1e-6, stride, padding)
+    assert_no_worse(got, base, truth)
 
 
 def test_errors_name_expected_and_got():
@@ -330,6 +271,10 @@ def test_errors_name_expected_and_got():
     for bad, message in [
         (lambda: norm_silu_conv2d(x[0], nw[:4], nb[:4], w, b, 2), r"norm_silu_conv2d: x: expected \[N, C, H, W\]"),
         (lambda: norm_silu_conv2d(x, nw, nb, w[:, :6], b, 4), r"weight: expected .*\[C_out, 12, kh, kw\].*\[8, 6, 3"),
+        (lambda: norm_silu_conv2d(x, nw[:6], nb, w, b, 4), r"norm_weight: expected floating-point \[12\]"),
+        (lambda: norm_silu_conv2d(x, nw, nb, w.to("meta"), b, 4), r"weight: expected a tensor on .*, got one on meta"),
+        (lambda: norm_silu_conv2d(x, nw, nb, w, b.to("meta"), 4), r"bias: expected a tensor on .*, got one on meta"),
+        (lambda: add_bias_group_stats(x[:, :, :0], None, None, 4), r"spatial dimensions that are not empty, got"),
         (lambda: norm_silu_conv2d(x, nw, nb, w.half(), b, 4), r"weight: expected torch.float32 .*got torch.float16"),
         (lambda: norm_silu_conv2d(x, nw, nb, w, b[:4], 4), r"bias: expected torch.float32 \[8\], got .*\[4\]"),
         (lambda: norm_silu_conv2d(x, nw, nb, w, b, 5), r"num_groups: expected a divisor of the 12 channels, got 5"),
@@ -338,7 +283,7 @@ def test_errors_name_expected_and_got():
         (lambda: norm_silu_conv2d(x[:, :, :1], nw, nb, w, b, 4, padding=0), r"x: expected sides of at least 3x3"),
         (lambda: add_bias_group_stats(x, x[:1], None, 4), r"residual: expected torch.float32 \[2, 12, 4, 4\].*\[1, 12"),
         (lambda: add_bias_group_stats(x, x.half(), None, 4), r"residual: expected .*got torch.float16"),
-        (lambda: add_bias_group_stats(x, None, nb[:3], 4), r"bias: expected contiguous \[12\], got \[3\]"),
+        (lambda: add_bias_group_stats(x, None, nb[:3], 4), r"bias: expected floating-point \[12\], got .*\[3\]"),
         (lambda: add_bias_group_stats(x, None, None, 7), r"num_groups: expected a divisor of the 12 channels, got 7"),
         (lambda: add_bias_group_stats(x.long(), None, None, 4), r"x: expected floating-point"),
         (lambda: add_bias_group_stats(x.double(), None, None, 4, backend="triton"), r"cannot run: x has dtype"),

@@ -18,7 +18,7 @@ from hypothesis import assume, given, settings
 from tolerance import assert_no_worse
 from views import REFUSALS, settled, views
 
-from kernels import group_norm, group_norm_silu
+from kernels import add_bias_group_stats, group_norm, group_norm_silu, tiles
 from kernels.group_norm import (
     group_norm_backward_op,
     group_norm_op,
@@ -50,7 +50,9 @@ def op(name, num_groups, backend, **options):
 @pytest.mark.parametrize(
     ("name", "input_bias"), [("group_norm", False), ("group_norm_silu", False), ("group_norm_silu", True)]
 )
-@pytest.mark.parametrize(("shape", "num_groups"), SHAPES, ids=lambda v: "x".join(map(str, v)) if v is tuple else None)
+@pytest.mark.parametrize(
+    ("shape", "num_groups"), SHAPES, ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else None
+)
 def test_values_and_gradients(shape, num_groups, name, input_bias, dtype, layout, backend):
     tensors, dy = inputs(shape, DTYPES[dtype], layout, input_bias)
     check(op(name, num_groups, backend), eager_norm(num_groups, silu=OPS[name][1]), tensors, dy)
@@ -125,6 +127,22 @@ def test_same_bits_twice_and_in_any_batch(backend):
     assert torch.equal(y, first[0][1:2]) and torch.equal(dx, first[1][1:2])
 
 
+def test_small_samples_are_split_finer_and_large_ones_are_not_split_to_dust(monkeypatch):
+    """At least 256 programs a sample where there are tiles for them, at most 2048."""
+    monkeypatch.undo()
+    tiles._plan.cache_clear()
+
+    def programs(*shape):
+        p = plan(torch.empty(shape, device="meta").contiguous(memory_format=torch.channels_last))
+        return p.chunks * p.c_blocks
+
+    assert programs(1, 512, 32, 32) == 128  # tiles of 32 rows and 128 channels
+    assert 256 <= programs(1, 512, 64, 64) <= 512
+    assert programs(1, 128, 1024, 1024) == 2048
+    (x, w, b, i), dy = inputs((1, 128, 13, 11), torch.float32, "channels_last")
+    check(op("group_norm_silu", 8, "triton"), eager_norm(8), [x, w, b, i], dy)
+
+
 def test_passes_over_parts_of_a_batch_change_nothing(monkeypatch):
     tensors, dy = inputs((5, 12, 6, 6), torch.float32, "channels_last")
     f = op("group_norm_silu", 4, "triton")
@@ -140,14 +158,37 @@ def test_two_passes_a_sample_only_where_that_pays():
     assert samples_per_pass(torch.empty(1, 128, 1024, 1024, device="meta", dtype=torch.bfloat16), 1) == 1  # 256 MiB
 
 
-def test_offsets_past_two_to_the_31():
-    """A strided view: the pages between the samples are never touched."""
-    base = torch.empty(2**31 + 4096, dtype=torch.float16, device=DEVICE)
-    x = base.as_strided((2, 8, 4, 4), (2**31, 16, 4, 1))
-    x.copy_(randn((2, 8, 4, 4), torch.float16))
-    w, b = randn(8), randn(8)
+# Of each dimension, strides below 2^31 whose products with an index are not
+FAR = [
+    ((3, 8, 4, 4), (2**30, 16, 4, 1)),
+    ((1, 8, 3, 1), (8, 1, 2**30, 1)),
+    ((1, 4, 2, 8), (8, 2**30, 8, 1)),
+]
+
+
+@pytest.mark.parametrize(("shape", "strides"), FAR, ids=["samples", "rows", "channels"])
+def test_offsets_past_two_to_the_31(shape, strides):
+    """Strided views: the pages between their values are never touched."""
+
+    def far(values):
+        size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        return torch.empty(size, dtype=torch.float16, device=DEVICE).as_strided(shape, strides).copy_(values)
+
+    values, dy = randn(shape, torch.float16), randn(shape, torch.float16)
+    x = far(values).requires_grad_()
+    w, b = randn(shape[1]), randn(shape[1])
     y = group_norm_silu(x, w, b, 2, backend="triton")
-    assert_no_worse(y, eager_norm(2)(x, w, b), group_norm_silu_reference(x.double(), w.double(), b.double(), 2, 1e-6))
+    (dx,) = torch.autograd.grad(y, x, far(dy))
+    base, truth = (v.requires_grad_() for v in (values.clone(), values.double()))
+    y_base = eager_norm(2)(base, w, b)
+    y_truth = group_norm_silu_reference(truth, w, b, 2, 1e-6)
+    assert_no_worse(y.detach(), y_base.detach(), y_truth.detach())
+    (dx_base,), (dx_truth,) = (
+        torch.autograd.grad(y_base, base, dy), torch.autograd.grad(y_truth, truth, dy.double())
+    )  # fmt: skip
+    assert_no_worse(dx, dx_base, dx_truth)
+    total, _ = add_bias_group_stats(x.detach(), far(dy), None, 2, backend="triton")
+    assert torch.equal(total, values + dy)
 
 
 def test_saves_x_and_the_statistics_only():
@@ -213,6 +254,14 @@ def test_fake_cuda_tensors(layout):
     assert dw.dtype == torch.float32 and dw.shape == (64,)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_need_not_be_contiguous(backend):
+    x, w, b = randn((2, 12, 4, 4)), randn(24), randn(1)
+    y = group_norm_silu(x, w[::2], b.expand(12), 4, backend=backend)
+    expected = group_norm_silu(x, w[::2].contiguous(), b.repeat(12), 4, backend=backend)
+    assert torch.equal(y, expected)
+
+
 def test_no_second_derivative():
     x = randn((1, 4, 3, 3)).requires_grad_()
     y = group_norm_silu(x, torch.ones(4).to(x), torch.zeros(4).to(x), 2)
@@ -228,10 +277,17 @@ def test_errors_name_expected_and_got():
         (lambda: group_norm(x[0, 0, 0], w, b, 4), r"x: expected floating-point .*got torch.float32 \[4\]"),
         (lambda: group_norm(x, w, b, 5), r"num_groups: expected a divisor of the 12 channels, got 5"),
         (lambda: group_norm(x, w, b, 0), r"num_groups: expected a divisor of the 12 channels, got 0"),
-        (lambda: group_norm(x, w[:6], b, 4), r"weight: expected contiguous floating-point \[12\] .*got .*\[6\]"),
+        (lambda: group_norm(x, w[:6], b, 4), r"weight: expected floating-point \[12\] .*got .*\[6\]"),
         (lambda: group_norm_silu(x, w, b[:, None], 4), r"group_norm_silu: bias: expected .*\[12\].*got .*\[12, 1\]"),
-        (lambda: group_norm(x, w, b, 4, input_bias=w[:1].expand(12)), r"input_bias: expected contiguous"),
-        (lambda: group_norm(x, w, b, 4, stats=x.new_zeros(2, 3, 2)), r"stats: expected float32 \[2, 4, 2\].*\[2, 3"),
+        (lambda: group_norm(x, w, None, 4), r"bias: expected floating-point \[12\] .*got None"),
+        (
+            lambda: group_norm(x, w, b, 4, stats=x.new_zeros(2, 3, 2)),
+            r"stats: expected torch.float32 \[2, 4, 2\].*\[2, 3",
+        ),
+        (
+            lambda: group_norm(x, w, b, 4, stats=x.new_zeros(2, 4, 2).double()),
+            r"stats: expected torch.float32 .*float64",
+        ),
         (lambda: group_norm(x, w.to("meta"), b, 4), r"weight: expected a tensor on .* like x, got one on meta"),
         (lambda: group_norm(x.double(), w, b, 4, backend="triton"), r"cannot run: x has dtype torch.float64"),
         (lambda: group_norm(x[:, :, ::2, ::2], w, b, 4, backend="triton"), r"cannot be walked as one dimension"),

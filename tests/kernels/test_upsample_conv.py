@@ -1,8 +1,12 @@
 """upsample_conv2d against its definition in fp64: values, every gradient, layouts, compile, errors."""
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from gradients import randn
+from hypothesis import given, settings
 from tolerance import assert_no_worse
+from views import views
 
 from kernels import upsample_conv2d
 from kernels.upsample_conv import upsample_conv2d_reference
@@ -128,3 +132,26 @@ def test_errors_name_expected_and_got():
     with pytest.raises(ValueError, match=r"bias: expected \[5\], got \[4\]"):
         upsample_conv2d(x, weight, bias[:4])
     assert torch.equal(upsample_conv2d(x, weight, bias, backend="torch"), upsample_conv2d(x, weight, bias))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(views(min_rank=2, max_rank=2), st.booleans())
+def test_any_view_is_right(view, with_bias):
+    x, _ = view
+    weight = (randn((5, x.shape[1], 3, 3)) / (9 * x.shape[1]) ** 0.5).to(x.dtype)
+    bias = randn(5, x.dtype) if with_bias else None
+    base = upsample_conv2d_reference(x, weight, bias)
+    truth = upsample_conv2d_reference(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_no_worse(upsample_conv2d(x, weight, bias), base, truth)
+
+
+def test_types_are_named():
+    x, weight = torch.randn(1, 4, 3, 3), torch.randn(4, 4, 3, 3)
+    for bad, message in [
+        (lambda: upsample_conv2d(x.bfloat16(), weight), "weight: expected torch.bfloat16 like x, got torch.float32"),
+        (lambda: upsample_conv2d(x, weight, weight[0, :, 0, 0].half()), "bias: expected torch.float32 like x"),
+        (lambda: upsample_conv2d(x.int(), weight.int()), "x: expected floating-point with sides, got torch.int32"),
+        (lambda: upsample_conv2d(x[:, :, :0], weight), r"x: expected floating-point with sides, got .*\[1, 4, 0, 3\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            bad()

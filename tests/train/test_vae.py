@@ -214,6 +214,9 @@ def test_dry_run_counts_and_stops(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "84,046,115" in out and "resolution: 256" in out and not list(tmp_path.iterdir())
     gflop = float(re.search(r"arithmetic +([\d.,]+) GFLOP a crop", out)[1].replace(",", ""))
+    auto = float(re.search(r"activations +([\d.]+) GiB", out)[1])
+    assert main(["--preset", "flux.2", "--dry-run", "--backend", "torch"]) == 0  # stock modules keep what they keep
+    assert auto < 0.45 * float(re.search(r"activations +([\d.]+) GiB", capsys.readouterr().out)[1])
     # 0.62 TFLOP decode, less 5/9 of the convolutions behind upsampling, and 0.27 encode; backward is twice that
     upsample = sum(2 * 9 * c * c * side * side for c, side in ((512, 64), (512, 128), (256, 256))) / 1e9
     assert gflop == pytest.approx(3 * (620 - 5 / 9 * upsample + 270), rel=0.02)
