@@ -27,9 +27,10 @@ from torch._functorch import config as functorch_config
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "benchmarks")) if p not in sys.path]
+from measure import DEVICE, interleaved  # noqa: E402
+
 from flux2.autoencoder import AUTOENCODERS, AutoEncoder, AutoencoderConfig  # noqa: E402 - after the path
 from flux2.checkpoints import save_autoencoder  # noqa: E402
-from measure import DEVICE, interleaved  # noqa: E402
 
 
 @dataclass(frozen=True)
