@@ -32,7 +32,7 @@ from .tiles import launch, unsupported, walk
 STREAM_TIME, STREAM_NOISE = 1, 2
 LAWS = ("uniform", "logit_normal", "plateau_logit_normal")
 SMALLEST = 2.0**-24  # t stays this far from 0 and 1
-QUADS = 256  # Philox calls, of four elements each, a program makes
+QUADS = 512  # Philox calls, of four elements each, a program makes: 8 elements a thread where a warp is 64 wide
 
 
 class Plateau(NamedTuple):

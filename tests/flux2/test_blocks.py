@@ -206,20 +206,24 @@ def test_shapes_and_strides_on_a_gpu_that_is_not_there(dtype):
 
 
 def test_autocast_runs_the_blocks_in_its_dtype():
-    (ae,) = twins(SHAPE, "triton")
+    """In fp16, which the interpreter rounds as a GPU does; it cuts bf16."""
+    plain, ours = twins(SHAPE, "torch", "triton")
     x = torch.rand(1, 3, 8, 8, device=DEVICE)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        recon, _ = ae(x)
-    grads = torch.autograd.grad(recon.float().square().mean(), list(ae.decoder.parameters()))
-    ae.set_backend("torch")
-    with torch.autocast(DEVICE, torch.bfloat16):
-        plain, _ = ae(x)
-    expected = torch.autograd.grad(plain.float().square().mean(), list(ae.decoder.parameters()))
-    assert recon.dtype == plain.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in grads)
-    exact, _ = ae.double()(x.double())
-    truth = torch.autograd.grad(exact.square().mean(), list(ae.decoder.parameters()))
-    for a, b, t in zip((recon, *grads), (plain, *expected), (exact, *truth), strict=True):
-        assert_no_worse(a.detach().float(), b.detach().float(), t.detach())
+
+    def gradients(ae):
+        with torch.autocast(DEVICE, torch.float16):
+            recon, _ = ae(x)
+        grads = torch.autograd.grad(recon.float().square().mean(), list(ae.decoder.parameters()))
+        assert recon.dtype == torch.float16 and all(g.dtype == torch.float32 for g in grads)
+        return [recon.detach().float(), *grads]
+
+    got, base = gradients(ours), gradients(plain)
+    exact, _ = plain.double()(x.double())
+    truth = [exact.detach(), *torch.autograd.grad(exact.square().mean(), list(plain.decoder.parameters()))]
+    # As one vector, each tensor in units of its largest value: which backend is luckier in one of fifty is chance.
+    units = [t.abs().max() for t in truth]
+    assert_no_worse(*(torch.cat([(t / u).to(t.dtype).flatten() for t, u in zip(ts, units, strict=True)])
+                      for ts in (got, base, truth)))  # fmt: skip
 
 
 def test_a_block_has_the_keys_of_stock_modules():
