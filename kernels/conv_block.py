@@ -96,20 +96,20 @@ def _add_bias_stats_kernel(
     y_ptr += n.to(tl.int64) * y_sn + c.to(tl.int64)[None, :] * y_sc
     if HAS_RESIDUAL:
         residual_ptr += n.to(tl.int64) * r_sn + c.to(tl.int64)[None, :] * r_sc
-    bias = tl.zeros([1, BLOCK_C], tl.float32)
     if HAS_BIAS:
-        bias += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    else:
+        bias = tl.zeros([1, BLOCK_C], tl.float32)
     pivot = _load_sum(x_ptr, residual_ptr, bias, start.to(tl.int64), (c < C)[None, :], x_ss, r_ss, HAS_RESIDUAL)
     mean = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    step = 0.0
     for s0 in range(start, end, BLOCK_S):
         s = (s0 + tl.arange(0, BLOCK_S))[:, None]
         keep = (s < L) & (c < C)[None, :]
         y = _load_sum(x_ptr, residual_ptr, bias, s.to(tl.int64), keep, x_ss, r_ss, HAS_RESIDUAL)
         y = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + s.to(tl.int64) * y_ss, y, mask=keep)
-        step += 1.0
+        step = ((s0 - start) // BLOCK_S + 1).to(tl.float32)  # counted in a float it would cost a spill on sm_100
         mean, m2 = welford(y.to(tl.float32) - pivot, keep, step, mean, m2)
     store_partial_stats(partial_ptr, tl.sum(pivot, 0), mean, m2, n, c, chunk, chunks, start, end, C, BLOCK_S)
 

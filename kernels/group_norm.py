@@ -123,8 +123,9 @@ def _partial_grads_kernel(
     for s0 in range(start, end, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
         keep = (s < L)[:, None] & (c < C)[None, :]
-        x = tl.load(x_ptr + s.to(tl.int64)[:, None] * x_ss, mask=keep, other=0.0).to(tl.float32)
+        # dy first: x first costs a spill on sm_100
         dy = tl.load(dy_ptr + s.to(tl.int64)[:, None] * dy_ss, mask=keep, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + s.to(tl.int64)[:, None] * x_ss, mask=keep, other=0.0).to(tl.float32)
         centred = x - shift
         dz = grad_of_z(dy, centred, scale, b, SILU)  # 0 where masked
         sum_dz += dz

@@ -56,8 +56,8 @@ TILES: dict[str, Tiles] = {
     "last-16":  Tiles(block_c=16,  rows_stats=128, rows_apply=256, rows_grad=128),
     "last-ragged": Tiles(block_c=16, rows_stats=64, rows_apply=64, rows_grad=64),  # 16 does not divide C
     # NCHW: the rows of a channel are contiguous.
-    "first-long": Tiles(block_c=2, rows_stats=1024, rows_apply=2048, rows_grad=512),
-    "first-short": Tiles(block_c=16, rows_stats=128, rows_apply=128, rows_grad=64),
+    "first-long": Tiles(block_c=4, rows_stats=512, rows_apply=1024, rows_grad=512),
+    "first-short": Tiles(block_c=16, rows_stats=128, rows_apply=128, rows_grad=128),
     "first-ragged": Tiles(block_c=8, rows_stats=64, rows_apply=64, rows_grad=64),  # 16 does not divide L
 }
 # fmt: on
