@@ -47,6 +47,15 @@ def _features(shape, dtype, device):
     return [torch.randn(shape, device=device).to(dtype) for _ in range(2)]
 
 
+def _qkv(shape, dtype, device):
+    return [torch.randn(shape, device=device).to(dtype) for _ in range(3)]
+
+
+def _heads(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """q, k, v [N, T, D], N sequences times heads, as [1, N, T, D]."""
+    return lambda *tensors: attend(*(t if t.ndim == 4 else t[None] for t in tensors)).view_as(tensors[0])
+
+
 def _data(shape, dtype, device):
     return [torch.randn(shape, device=device).to(dtype)]
 
@@ -156,6 +165,8 @@ OPS: dict[str, Op] = {
         (5, 10),
         (5, 10),
     ),
+    # q, k, v in, o out; backward: those and the gradient of o, and three gradients. Multiplications bound it
+    "attention": Op(_qkv, _heads(kernels.attention), _heads(F.scaled_dot_product_attention), (4, 8), (4, 8)),
     "repa_loss": Op(
         _features,
         kernels.repa_loss,
@@ -225,6 +236,7 @@ SHAPES: dict[str, dict[str, dict[tuple[int, ...], tuple[str, ...]]]] = {
         "norm_silu_conv2d": _GPU_CONVS,
         "add_bias_group_stats": _GPU_NORMS,
         "upsample_conv2d": {(1, 512, 128, 128): _BF16, (1, 256, 512, 512): _BF16, (16, 512, 32, 32): _BF16},
+        "attention": {(1, 4096, 512): _BF16, (1, 16384, 512): _BF16, (1024, 256, 72): _BF16},
         "repa_loss": {(64, 256, 768): _BOTH, (64, 256, 1024): _BF16},
         "flow_match_inputs": {(256, 128, 16, 16): _BOTH, (256, 768, 16, 16): _BF16},
         "sample_timesteps": {(4096, 1): ("fp32",)},
@@ -236,6 +248,7 @@ SHAPES: dict[str, dict[str, dict[tuple[int, ...], tuple[str, ...]]]] = {
         "norm_silu_conv2d": _CPU,
         "add_bias_group_stats": {(1, 128, 96, 96): _BF16},
         "upsample_conv2d": {(1, 128, 48, 48): _BOTH},
+        "attention": {(1, 1024, 512): _BF16, (24, 256, 64): _BF16},
         "repa_loss": {(4, 256, 768): _BOTH},
         "flow_match_inputs": {(8, 128, 16, 16): ("fp32",)},
         "sample_timesteps": {(4096, 1): ("fp32",)},

@@ -22,6 +22,8 @@ OPTIONAL = (
     "diffusers",
     "transformers",
     "torchvision",
+    "flash_attn",
+    "xformers",
 )
 
 
@@ -46,8 +48,8 @@ def test_imports_point_one_way(package):
 
 
 def test_kernels_can_be_vendored():
-    """torch, triton, the standard library, and itself by relative imports only."""
-    allowed = set(sys.stdlib_module_names) | {"torch", "triton", "__future__"}
+    """torch, triton, the standard library, itself by relative imports only, and attention's peers when asked for."""
+    allowed = set(sys.stdlib_module_names) | {"torch", "triton", "__future__", "flash_attn", "xformers"}
     wrong = [f"{p.name}: {m}" for p in FILES["kernels"] for m, level in imports(p) if not level and m not in allowed]
     assert not wrong
 
