@@ -17,9 +17,11 @@ import tyro
 from torch import Tensor
 
 from flux2.autoencoder import AUTOENCODERS, AutoEncoder, AutoencoderConfig
-from flux2.checkpoints import load_autoencoder, load_tensors, save_autoencoder, save_tensors
+from flux2.checkpoints import load_autoencoder, save_autoencoder
 from flux2.images import error_image, find_images, load_image, save_png, tile, to_array, to_pixels, to_uint8
 from flux2.metrics import psnr, ssim
+from flux2.rae import RAE, RAES, RAEConfig
+from flux2.tensor_files import load_tensors, save_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Weights:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations."""
 
-    def load(self) -> AutoEncoder:
+    def load(self) -> AutoEncoder | RAE:
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
         try:
@@ -110,7 +112,7 @@ def writable(folder: Path) -> Path:
     return folder
 
 
-def read_pixels(path: Path, ae: AutoEncoder) -> tuple[np.ndarray, Tensor]:
+def read_pixels(path: Path, ae: AutoEncoder | RAE) -> tuple[np.ndarray, Tensor]:
     """(uint8 [H, W, 3], pixels [1, 3, H, W] on the device and in the type of `ae`)"""
     image = load_image(path)
     return image, to_pixels(image)[None].to(next(ae.parameters()))
@@ -124,17 +126,18 @@ def info(target: tyro.conf.Positional[str] = "") -> int:
     Args:
         target: A preset's name, or anything --weights takes; nothing lists all presets.
     """
+    presets = AUTOENCODERS | RAES
     if not target:
         print(f"{'preset':<22}{'channels x pixels':<20}{'numbers':<9}{'encoder':>12}{'decoder':>12}{'all':>12}")
-        for name, cfg in AUTOENCODERS.items():
+        for name, cfg in presets.items():
             encoder, decoder = _parameters(cfg)
             token = f"{cfg.latent_channels} x {cfg.multiple}x{cfg.multiple}"
             ratio = f"1:{3 * cfg.multiple**2 / cfg.latent_channels:g}"
             print(f"{name:<22}{token:<20}{ratio:<9}{encoder:>12,}{decoder:>12,}{encoder + decoder:>12,}")
         print("channels a token x pixels it covers; numbers: of the latent to those of the picture; parameters")
         return 0
-    if target in AUTOENCODERS:
-        cfg, fitted = AUTOENCODERS[target], "no weights"
+    if target in presets:
+        cfg, fitted = presets[target], "no weights"
     else:
         ae = load_autoencoder(target)
         cfg = ae.cfg
@@ -150,9 +153,9 @@ def info(target: tyro.conf.Positional[str] = "") -> int:
     return 0
 
 
-def _parameters(cfg: AutoencoderConfig) -> tuple[int, int]:
+def _parameters(cfg: AutoencoderConfig | RAEConfig) -> tuple[int, int]:
     with torch.device("meta"):
-        ae = AutoEncoder(cfg)
+        ae = RAE(cfg, encoder_weights=None) if isinstance(cfg, RAEConfig) else AutoEncoder(cfg)
     encoder, decoder = (sum(p.numel() for p in m.parameters()) for m in (ae.encoder, ae.decoder))
     return encoder, decoder
 
@@ -225,11 +228,11 @@ def encode(images: tuple[Path, ...], /, weights: WeightsFlags, out: Path = Path(
     for source in work:
         try:
             image, x = read_pixels(source.path, ae)
-        except (ValueError, OSError) as error:
+            with torch.no_grad():
+                z = ae.encode(ae.pad(x))[0].cpu()
+        except (ValueError, OSError) as error:  # an RAE's statistics are of one size
             work.report(error)
             continue
-        with torch.no_grad():
-            z = ae.encode(ae.pad(x))[0].cpu()
         size = {"height": str(image.shape[0]), "width": str(image.shape[1]), "file": source.path.name}
         save_tensors(out / f"{source.stem}.safetensors", {"latents": z}, size)
         print(f"{source.path}  {list(z.shape)}", flush=True)
@@ -255,11 +258,11 @@ def decode(latents: tuple[Path, ...], /, weights: WeightsFlags, out: Path = Path
             if z is None or z.ndim != 3 or z.shape[0] != ae.cfg.latent_channels:
                 got = f"latents {list(z.shape)}" if z is not None else f"tensors {', '.join(sorted(tensors)) or 'none'}"
                 raise ValueError(f"{source.path}: expected latents [{ae.cfg.latent_channels}, h, w], got {got}")
+            with torch.no_grad():
+                x = ae.decode(z[None].to(next(ae.parameters())))[0]
         except (ValueError, OSError) as error:
             work.report(error)
             continue
-        with torch.no_grad():
-            x = ae.decode(z[None].to(next(ae.parameters())))[0]
         height, width = (int(metadata.get(k, n)) for k, n in (("height", x.shape[1]), ("width", x.shape[2])))
         save_png(out / f"{source.stem}.png", to_array(to_uint8(x[:, :height, :width])))
         print(f"{out / f'{source.stem}.png'}  {width}x{height}", flush=True)

@@ -14,7 +14,6 @@ constants follow black-forest-labs/flux2 `src/flux2/autoencoder.py` (Apache-2.0)
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from flux2.blocks import NORM_EPS, Block, Level, Middle
 from flux2.latents import patchify, unpatchify
-from flux2.layers import EdgeConv2d
+from flux2.layers import EdgeConv2d, check_pixels, pad_by_reflection
 from kernels.dispatch import BACKENDS
 
 BN_EPS, BN_MOMENTUM = 1e-4, 0.1  # FLUX.2's latent BatchNorm
@@ -113,10 +112,14 @@ class Posterior:
             raise ValueError(f"noise: expected shape {tuple(self.mean.shape)}, got {tuple(noise.shape)}")
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
-    def kl(self) -> Tensor:
-        """KL divergence to the standard normal, mean per latent element: [N], fp32."""
+    def kl_elements(self) -> Tensor:
+        """KL divergence of each latent element to the standard normal, nats: [N, z, h, w], fp32."""
         mean, logvar = self.mean.float(), self.logvar.float()
-        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).mean(1)
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
+
+    def kl(self) -> Tensor:
+        """`kl_elements`, mean per latent element: [N], fp32."""
+        return self.kl_elements().flatten(1).mean(1)
 
 
 class PatchShortcut(nn.Module):
@@ -161,17 +164,21 @@ class Encoder(Block):
             self.shortcut = PatchShortcut(3 * cfg.downsample**2, cfg.z_channels, cfg.shortcut_width)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.with_features(x)[0]
+
+    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(moments, h): h [N, C, H/f, W/f] is what norm_out, SiLU and conv_out turn into them."""
         h, stats = self.conv_add(self.conv_in, x)
         for level in self.down:
             h, stats = level(h, stats)
-        h, stats = self.mid(h, stats)
-        h = self.norm_silu_conv(self.norm_out, self.conv_out, h, stats)
+        features, stats = self.mid(h, stats)
+        h = self.norm_silu_conv(self.norm_out, self.conv_out, features, stats)
         if hasattr(self, "quant_conv"):
             h = self.quant_conv(h)
         if hasattr(self, "shortcut"):
             mean, logvar = h.chunk(2, dim=1)
             h = torch.cat((mean + self.shortcut(F.pixel_unshuffle(x, self.block)), logvar), dim=1)
-        return h
+        return h, features
 
 
 class Decoder(Block):
@@ -199,12 +206,16 @@ class Decoder(Block):
             self.shortcut = PatchShortcut(cfg.z_channels, 3 * cfg.downsample**2, cfg.shortcut_width)
 
     def forward(self, z: Tensor) -> Tensor:
+        return self.with_features(z)[0]
+
+    def with_features(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(pixels, h): h [N, C, fh, fw] is what norm_out, SiLU and conv_out turn into pixels."""
         h = self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z
-        h, stats = self.mid(*self.conv_add(self.conv_in, h))
+        features, stats = self.mid(*self.conv_add(self.conv_in, h))
         for level in reversed(self.up):
-            h, stats = level(h, stats)
-        h = self.norm_silu_conv(self.norm_out, self.conv_out, h, stats)
-        return h + F.pixel_shuffle(self.shortcut(z), self.block) if hasattr(self, "shortcut") else h
+            features, stats = level(features, stats)
+        h = self.norm_silu_conv(self.norm_out, self.conv_out, features, stats)
+        return h + F.pixel_shuffle(self.shortcut(z), self.block) if hasattr(self, "shortcut") else h, features
 
 
 class AutoEncoder(nn.Module):
@@ -245,17 +256,12 @@ class AutoEncoder(nn.Module):
 
     def encode_moments(self, x: Tensor) -> Tensor:
         """Pixels [N, 3, H, W] in [-1, 1] -> moments [N, 2z, H/f, W/f]. ValueError if a side is not a `cfg.multiple`."""
-        if x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"pixels: expected [N, 3, H, W], got {list(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"pixels: expected a floating-point tensor in [-1, 1], got {x.dtype}")
-        multiple = self.cfg.multiple
-        if x.shape[2] % multiple or x.shape[3] % multiple or 0 in x.shape:
-            raise ValueError(
-                f"pixels: height and width must be positive multiples of {multiple}, got {x.shape[2]}x{x.shape[3]}"
-                " (`reconstruct` pads and crops)"
-            )
-        return self.encoder(x.contiguous(memory_format=torch.channels_last))
+        return self.encode_with_features(x)[0]
+
+    def encode_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(`encode_moments(x)`, h): features h [N, C, H/f, W/f] are what `encoder_grad_norm` needs."""
+        check_pixels(x, self.cfg.multiple)
+        return self.encoder.with_features(x.contiguous(memory_format=torch.channels_last))
 
     def posterior(self, x: Tensor) -> Posterior:
         """Pixels [N, 3, H, W] in [-1, 1] -> Gaussian over raw latents [N, z, H/f, W/f]."""
@@ -296,7 +302,28 @@ class AutoEncoder(nn.Module):
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """Raw latents [N, z, h, w] -> pixels [N, 3, fh, fw]."""
-        return self.decoder(z.contiguous(memory_format=torch.channels_last))
+        return self.decode_with_features(z)[0]
+
+    def decode_with_features(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(`decode_raw(z)`, h): features h [N, C, fh, fw] are what `last_layer_grad_norm` needs."""
+        return self.decoder.with_features(z.contiguous(memory_format=torch.channels_last))
+
+    def last_layer_grad_norm(self, h: Tensor, grad: Tensor) -> Tensor:
+        """Norm of the gradient of decoder.conv_out.weight, fp32 scalar, where d loss / d pixels is `grad`.
+
+        h: of `decode_with_features`. What adaptive loss weights compare (VQGAN, arXiv:2012.09841, eq. 7); one layer's
+        weight gradient, outside autograd.
+        """
+        return _conv_grad_norm(self.decoder.norm_out, self.decoder.conv_out, h, grad)
+
+    def encoder_grad_norm(self, h: Tensor, grad: Tensor) -> Tensor:
+        """Norm of the gradient of encoder.conv_out.weight, fp32 scalar, where d loss / d moments is `grad`.
+
+        h: of `encode_with_features`. As VA-VAE weighs its alignment (arXiv:2501.01423).
+        """
+        if self.cfg.quant_conv:
+            grad = F.conv_transpose2d(grad.float(), self.encoder.quant_conv.weight.float())
+        return _conv_grad_norm(self.encoder.norm_out, self.encoder.conv_out, h, grad)
 
     def forward(self, x: Tensor, sample: bool = False, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
         """Training forward, in raw latents: pixels [N, 3, H, W] -> (reconstruction of the same shape, posterior).
@@ -310,10 +337,7 @@ class AutoEncoder(nn.Module):
 
     def pad(self, x: Tensor) -> Tensor:
         """Pixels [N, 3, H, W] of any size -> sides continued by reflection, right and below, to the next multiple."""
-        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
-            raise ValueError(f"pixels: expected [N, 3, H, W] with no empty side, got {list(x.shape)}")
-        rows, columns = (_reflected_index(side, self.cfg.multiple, x.device) for side in x.shape[2:])
-        return x[:, :, rows][:, :, :, columns]
+        return pad_by_reflection(x, self.cfg.multiple)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -321,11 +345,10 @@ class AutoEncoder(nn.Module):
         return self.decode(self.encode(self.pad(x)))[:, :, : x.shape[2], : x.shape[3]].clamp(-1, 1)
 
 
-def _reflected_index(side: int, multiple: int, device: torch.device) -> Tensor:
-    """Indices 0..side-1 continued by reflection (edge not repeated) up to the next multiple; any padding length."""
-    index = torch.arange(math.ceil(side / multiple) * multiple, device=device)
-    if side == 1:
-        return torch.zeros_like(index)
-    period = 2 * (side - 1)
-    index = index % period
-    return torch.where(index < side, index, period - index)
+@torch.no_grad()
+def _conv_grad_norm(norm: nn.GroupNorm, conv: nn.Conv2d, h: Tensor, grad: Tensor) -> Tensor:
+    """Norm of d loss / d conv.weight of conv(SiLU(norm(h))) with d loss / d output = grad, all in fp32."""
+    with torch.autocast(h.device.type, enabled=False):
+        x = F.silu(F.group_norm(h.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps))
+        shape = conv.weight.shape
+        return torch.nn.grad.conv2d_weight(x, shape, grad.float(), padding=conv.padding).norm()  # type: ignore[arg-type]

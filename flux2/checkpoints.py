@@ -1,4 +1,4 @@
-"""Autoencoder files: our own, the original layouts and diffusers'. The only file that knows foreign key names.
+"""Autoencoder files: our own, the original layouts and diffusers'. Foreign key names stand here, RAE's beside it.
 
 Three layouts of the same tensors:
 
@@ -16,141 +16,42 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flux2.autoencoder import AUTOENCODERS, BN_EPS, BN_MOMENTUM, AutoEncoder, AutoencoderConfig
+from flux2.checkpoints_rae import build_rae
+from flux2.rae import RAE, RAES, RAEConfig
+from flux2.tensor_files import LISTED, dataclass_from_dict, load_json, load_tensors, mismatch, save_json, save_tensors
 
 FORMAT = "flux2-tokenizer"  # names our own files and folders
 METADATA_KEY = "flux2_config"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 LDM_PREFIX = "first_stage_model."
 LDM_TRAINING_ONLY = ("loss.", "model_ema.", "foundation_model.", "linear_proj.")  # beside an autoencoder's own tensors
-LISTED = 8  # names an error spells out
-
-
-# Writing: complete or not at all
-
-
-@contextmanager
-def _written_whole(path: Path):
-    """Yields a temporary path in the same folder; flushed and renamed to `path` on success, removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a .safetensors file, atomically. OSError if the place cannot be written."""
-    path = Path(path)
-    with _written_whole(path) as temporary:
-        try:
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, str(temporary), metadata)
-        except SafetensorError as error:  # its own class hides what the system said
-            raise OSError(f"cannot write {path}: {error}") from None
-
-
-def save_json(path: str | Path, value: Any) -> None:
-    """Writes JSON, atomically. OSError if the place cannot be written."""
-    path = Path(path)
-    with _written_whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-# Reading: one clear sentence on anything else
-
-
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by name, metadata) of a .safetensors file or of a torch file that holds nothing but tensors.
-
-    FileNotFoundError if there is none; ValueError, in one sentence, if it is cut short or something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with path.open("rb") as file:
-        head = file.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path}: a Git LFS pointer, not the weights it points to; fetch them with 'git lfs pull'")
-    if head[8:9] != b"{":  # a safetensors header follows its length; that length may look like another file's mark
-        if head.startswith((b"PK\x03\x04", b"\x80")):
-            return _load_torch(path), {}
-        raise ValueError(f"{path}: expected a .safetensors file, got {_looks_like(head)}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: a .safetensors file that is cut short or damaged ({error})") from None
-
-
-def _looks_like(head: bytes) -> str:
-    if not head:
-        return "an empty file"
-    text = head.decode("utf-8", errors="replace")
-    return f"text that begins {text[:24]!r}" if text.isprintable() or "\n" in text else "a file of another kind"
-
-
-def _load_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever a damaged or hostile file makes it raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a torch file of tensors alone, which is all that is read ({reason})") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path}: expected a dict of tensors, or one under 'state_dict', got {type(content).__name__}")
-    return content
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 # Configs as plain dicts
 
 
-def config_to_dict(cfg: AutoencoderConfig) -> dict[str, Any]:
-    """The fields of `cfg`, tuples as lists."""
+def config_to_dict(cfg: AutoencoderConfig | RAEConfig) -> dict[str, Any]:
+    """The fields of `cfg`, tuples as lists. Those of an RAE hold kind: rae."""
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
-def config_from_dict(fields: Mapping[str, Any]) -> AutoencoderConfig:
-    """Inverse of `config_to_dict`; missing fields take their defaults. ValueError names unknown fields."""
-    known = {f.name for f in dataclasses.fields(AutoencoderConfig)}
-    for name in fields:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(
-                f"autoencoder config: unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-            )
-    try:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return AutoencoderConfig(**values)
-    except TypeError as error:
-        raise ValueError(f"autoencoder config: {error}") from None
+def config_from_dict(fields: Mapping[str, Any]) -> AutoencoderConfig | RAEConfig:
+    """Inverse of `config_to_dict`; missing fields take their defaults. ValueError names unknown fields and kinds."""
+    values = dict(fields)
+    kind = values.pop("kind", None)
+    if kind not in (None, "rae"):
+        raise ValueError(f"autoencoder config: expected kind rae, or none, got {kind!r}")
+    return dataclass_from_dict(RAEConfig if kind == "rae" else AutoencoderConfig, values, "autoencoder config")
 
 
 # Key names
@@ -262,6 +163,8 @@ def infer_config(tensors: Mapping[str, Tensor], preset: str | None = None) -> Au
     """
     fields = _network_fields(tensors)
     fitting = [name for name in AUTOENCODERS if _same_network(name, fields)]
+    if preset in RAES:
+        raise ValueError(f"not a {preset} autoencoder: those are read from this project's own files, which say so")
     if preset is not None:
         if preset not in fitting:
             expected = {f: getattr(AUTOENCODERS[preset], f) for f in _NETWORK}
@@ -307,33 +210,40 @@ def load_autoencoder(
     preset: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> AutoEncoder:
+) -> AutoEncoder | RAE:
     """An autoencoder in eval mode from any of the layouts above, a run folder or a checkpoint folder of train.vae.
 
     What a path holds is recognised from content. From a run the newest checkpoint is taken, and from a checkpoint the
-    averaged (EMA) weights. preset: a key of AUTOENCODERS, needed only where a file fits several (sd, sdxl), checked
-    otherwise. FileNotFoundError or ValueError, in one sentence, if the path holds something else, another architecture,
-    or not exactly the tensors of its own.
+    averaged (EMA) weights. preset: a key of AUTOENCODERS or RAES, needed only where a file fits several (sd, sdxl),
+    checked otherwise. FileNotFoundError or ValueError, in one sentence, if the path holds something else, another
+    architecture, or not exactly the tensors of its own.
     """
     path = Path(path)
-    if preset is not None and preset not in AUTOENCODERS:
-        close = difflib.get_close_matches(preset, AUTOENCODERS, n=1, cutoff=0.4)
+    rows = AUTOENCODERS | RAES
+    if preset is not None and preset not in rows:
+        close = difflib.get_close_matches(preset, rows, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"preset: expected one of {', '.join(AUTOENCODERS)}, got {preset!r}{hint}")
+        raise ValueError(f"preset: expected one of {', '.join(rows)}, got {preset!r}{hint}")
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file or folder; expected a .safetensors file, a diffusers folder, or a run of train.vae"
         )
     tensors, cfg, source = _read(path, preset)
-    if preset is not None and not _same_network(preset, dataclasses.asdict(cfg)):
-        raise ValueError(f"{path}: expected the shape of {preset} ({AUTOENCODERS[preset]}), got {cfg}")
+    if preset is not None and not _fits(cfg, rows[preset]):
+        raise ValueError(f"{path}: expected the shape of {preset} ({rows[preset]}), got {cfg}")
     try:
         return _build(cfg, tensors).to(device=device, dtype=dtype).eval()
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
 
-def _read(path: Path, preset: str | None) -> tuple[dict[str, Tensor], AutoencoderConfig, Path]:
+def _fits(cfg: AutoencoderConfig | RAEConfig, row: AutoencoderConfig | RAEConfig) -> bool:
+    """Whether both are the same network, whatever their latent normalisation and noise."""
+    fields = _NETWORK if isinstance(row, AutoencoderConfig) else ("encoder", "decoder", "resolution")
+    return type(cfg) is type(row) and all(getattr(cfg, f) == getattr(row, f) for f in fields)
+
+
+def _read(path: Path, preset: str | None) -> tuple[dict[str, Tensor], AutoencoderConfig | RAEConfig, Path]:
     """(tensors, config, the file they are from)"""
     if path.is_file():
         tensors, metadata = load_tensors(path)
@@ -357,8 +267,8 @@ def _read(path: Path, preset: str | None) -> tuple[dict[str, Tensor], Autoencode
     return _read_folder(max(steps, key=lambda p: p.name), preset)
 
 
-def _read_folder(folder: Path, preset: str | None) -> tuple[dict[str, Tensor], AutoencoderConfig, Path]:
-    config = _load_json(folder / "config.json")
+def _read_folder(folder: Path, preset: str | None) -> tuple[dict[str, Tensor], AutoencoderConfig | RAEConfig, Path]:
+    config = load_json(folder / "config.json")
     if config.get("format") == FORMAT:
         file = next(
             (p for n in ("ema", "model") if (p := folder / f"{n}.safetensors").is_file()), folder / "ema.safetensors"
@@ -382,14 +292,10 @@ def _read_folder(folder: Path, preset: str | None) -> tuple[dict[str, Tensor], A
         raise ValueError(f"{folder}: {error}") from None
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + rest
-
-
-def _build(cfg: AutoencoderConfig, tensors: Mapping[str, Tensor]) -> AutoEncoder:
+def _build(cfg: AutoencoderConfig | RAEConfig, tensors: Mapping[str, Tensor]) -> AutoEncoder | RAE:
     """The network with exactly these tensors. ValueError names missing and unexpected ones and wrong shapes."""
+    if isinstance(cfg, RAEConfig):
+        return build_rae(cfg, tensors)
     with torch.device("meta"):
         ae = AutoEncoder(cfg)
     expected = ae.state_dict()
@@ -399,20 +305,8 @@ def _build(cfg: AutoencoderConfig, tensors: Mapping[str, Tensor]) -> AutoEncoder
     if cfg.latent_norm == "stats" and "latent_mean" not in given:
         warnings.warn("the file has no latent statistics: latents are left as they are (mean 0, std 1)", stacklevel=3)
         given |= {"latent_mean": torch.zeros(cfg.latent_channels), "latent_std": torch.ones(cfg.latent_channels)}
-    problems = []
-    if missing := expected.keys() - given.keys():
-        problems.append(f"missing keys: {_listed(missing)}")
-    if unexpected := given.keys() - expected.keys():
-        problems.append(f"unexpected keys: {_listed(unexpected)}")
-    shapes = [
-        f"{k} {list(expected[k].shape)}, got {list(given[k].shape)}"
-        for k in sorted(expected.keys() & given.keys())
-        if expected[k].shape != given[k].shape
-    ]
-    if shapes:
-        problems.append(f"wrong shapes: expected {'; '.join(shapes[:LISTED])}")
-    if problems:
-        raise ValueError("; ".join(problems))
+    if problems := mismatch(expected, given):
+        raise ValueError(problems)
     ae.load_state_dict(given, assign=True)
     return ae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -455,9 +349,10 @@ def diffusers_config(cfg: AutoencoderConfig) -> dict[str, Any]:
     return config
 
 
-def save_autoencoder(ae: AutoEncoder, path: str | Path, layout: Literal["bfl", "diffusers"] = "bfl") -> None:
+def save_autoencoder(ae: AutoEncoder | RAE, path: str | Path, layout: Literal["bfl", "diffusers"] = "bfl") -> None:
     """Writes `ae` as one .safetensors file (bfl) or as a diffusers folder; files appear complete or not at all.
 
+    An RAE is written with its frozen encoder, so that no hub is needed to read it; only as one file.
     ValueError on another layout, on a path of the wrong kind, or if diffusers has no such network; OSError if the place
     cannot be written.
     """
@@ -469,6 +364,8 @@ def save_autoencoder(ae: AutoEncoder, path: str | Path, layout: Literal["bfl", "
     elif layout == "diffusers":
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path}: layout 'diffusers' is a folder, and this is a file")
+        if isinstance(ae, RAE):
+            raise ValueError("an RAE is not written in diffusers' layout; save with layout='bfl'")
         config = diffusers_config(ae.cfg)
         if ae.cfg.latent_norm == "stats":
             config |= {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from flux2.autoencoder import AutoEncoder
+    from flux2.rae import RAE
 
 
 def patchify(z: Tensor, patch: int) -> Tensor:
@@ -27,24 +28,31 @@ def unpatchify(z: Tensor, patch: int) -> Tensor:
 
 
 @torch.no_grad()
-def fit_latent_statistics(ae: AutoEncoder, batches: Iterable[Tensor]) -> int:
+def fit_latent_statistics(ae: AutoEncoder | RAE, batches: Iterable[Tensor]) -> int:
     """Sets the autoencoder's latent statistics from the pixels in `batches` ([N, 3, H, W] each, in [-1, 1]).
 
-    Mean and variance per patchified channel over all positions, of the posterior's mode, in fp64 with Chan's merge.
-    Returns the number of images. ValueError if the autoencoder has no fitted statistics, or there are no batches.
+    Mean and variance of the posterior's mode, in fp64 with Chan's merge: per patchified channel over all positions, or,
+    of an RAE, per channel and position over the pictures. Returns the number of images. ValueError if the autoencoder
+    has no fitted statistics, if an RAE's pictures are not of its resolution, or on too few batches.
     """
     if ae.cfg.latent_norm == "affine":
         raise ValueError(
             "this autoencoder's latents are normalised by constants (latent_norm='affine'): nothing to fit"
         )
+    shape = ae.latent_affine()[0].shape[1:]  # [C, 1, 1]; [C, h, w] where each position has its own
+    per_position = shape[1:].numel() > 1
     num_images, count = 0, 0
     mean = m2 = torch.zeros(())
     for x in batches:
         z = patchify(ae.posterior(x).mode(), ae.cfg.patch).double()  # [N, C, h, w]
-        flat = z.transpose(0, 1).flatten(1)  # [C, N h w]
-        n = flat.shape[1]
-        batch_mean = flat.mean(1)
-        batch_m2 = (flat - batch_mean[:, None]).square().sum(1)
+        if per_position:
+            ae.normalise(z)  # a ValueError if this is another resolution
+            rows = z.flatten(1)  # [N, C h w]
+        else:
+            rows = z.transpose(0, 1).flatten(1).T  # [N h w, C]
+        n = len(rows)
+        batch_mean = rows.mean(0)
+        batch_m2 = (rows - batch_mean).square().sum(0)
         if count == 0:
             mean, m2 = batch_mean, batch_m2
         else:
@@ -54,15 +62,20 @@ def fit_latent_statistics(ae: AutoEncoder, batches: Iterable[Tensor]) -> int:
         count += n
         num_images += len(x)
     if count < 2:
-        raise ValueError("latent statistics need at least two latent positions; got no batches or one position")
+        raise ValueError(
+            "latent statistics need at least two latent positions (of an RAE: pictures); got no batches or one"
+        )
     var = m2 / (count - 1)
-    if ae.cfg.latent_norm == "batchnorm":
-        assert ae.bn.running_mean is not None and ae.bn.running_var is not None
-        ae.bn.running_mean.copy_(mean)
-        ae.bn.running_var.copy_(var)
-        if ae.bn.num_batches_tracked is not None:
-            ae.bn.num_batches_tracked.fill_(1)
+    buffers = dict(ae.named_buffers())
+    if "bn.running_mean" in buffers:
+        buffers["bn.running_mean"].copy_(mean)
+        buffers["bn.running_var"].copy_(var)
+        if "bn.num_batches_tracked" in buffers:
+            buffers["bn.num_batches_tracked"].fill_(1)
+    elif "latent_var" in buffers:
+        buffers["latent_mean"].copy_(mean.view(shape))
+        buffers["latent_var"].copy_(var.view(shape))
     else:
-        ae.get_buffer("latent_mean").copy_(mean)
-        ae.get_buffer("latent_std").copy_(var.sqrt())
+        buffers["latent_mean"].copy_(mean)
+        buffers["latent_std"].copy_(var.sqrt())
     return num_images

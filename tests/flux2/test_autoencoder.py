@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from flux2 import AUTOENCODERS, AutoEncoder, AutoencoderConfig
-from flux2.autoencoder import Posterior, _reflected_index
+from flux2.autoencoder import Posterior
 from flux2.latents import fit_latent_statistics, patchify, unpatchify
+from flux2.layers import _reflected_index
 
 TINY = AutoencoderConfig(
     z_channels=4, ch=8, decoder_ch=8, num_groups=4, ch_mult=(1, 1, 1, 1), num_res_blocks=1, latent_norm="batchnorm"
@@ -238,3 +239,23 @@ def test_compiles_without_a_graph_break():
     x = torch.rand(1, 3, 16, 16)
     compiled = torch.compile(ae.encode, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), ae.encode(x))
+
+
+@pytest.mark.parametrize("quant_conv", [True, False])
+def test_gradient_norms_of_the_last_layers_equal_autograds(quant_conv):
+    """What adaptive weights compare, against a full backward pass"""
+    cfg = dataclasses.replace(TINY, quant_conv=quant_conv)
+    ae = AutoEncoder(cfg)
+    x = torch.rand(2, 3, 2 * cfg.multiple, 3 * cfg.multiple) * 2 - 1
+    moments, h = ae.encode_with_features(x)
+    recon, g = ae.decode_with_features(moments.chunk(2, 1)[0])
+    torch.testing.assert_close(moments, ae.encode_moments(x))
+    loss = (recon - x).abs().mean() + moments.square().mean()
+    grad_moments, grad_recon = torch.autograd.grad(loss, (moments, recon), retain_graph=True)
+    loss.backward()
+    for layer, norm in (
+        (ae.decoder.conv_out, ae.last_layer_grad_norm(g, grad_recon)),
+        (ae.encoder.conv_out, ae.encoder_grad_norm(h, grad_moments)),
+    ):
+        assert norm.dtype == torch.float32 and not norm.requires_grad
+        torch.testing.assert_close(norm, layer.weight.grad.norm(), rtol=1e-4, atol=0)

@@ -273,7 +273,7 @@ def test_a_failed_save_keeps_the_old_file(tiny, tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flux2.checkpoints.save_file", full)
+    monkeypatch.setattr("flux2.tensor_files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_autoencoder(AutoEncoder(TINY), tmp_path / "ae.safetensors")
     assert (tmp_path / "ae.safetensors").read_bytes() == before

@@ -11,8 +11,8 @@ from PIL import Image
 
 from flux2 import AutoEncoder, AutoencoderConfig, load_autoencoder, save_autoencoder
 from flux2.__main__ import main
-from flux2.checkpoints import load_tensors, save_tensors
 from flux2.images import load_image, to_array, to_pixels, to_uint8
+from flux2.tensor_files import load_tensors, save_tensors
 
 TINY = AutoencoderConfig(
     z_channels=4, ch=32, decoder_ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, latent_norm="batchnorm"
