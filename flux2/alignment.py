@@ -1,56 +1,12 @@
-"""Teachers for semantic alignment of the latent, and the head that maps a latent onto their tokens.
-
-A teacher maps pixels [N, 3, H, W] in [-1, 1] to tokens [N, D, H/m, W/m], one for each position of the patchified
-latent. HOG needs no weights; oriented gradients rival learned targets for masked image modelling (MaskFeat,
-arXiv:2112.09133).
-"""
+"""Semantic alignment of the latent: the head that maps it onto a teacher's tokens, and the losses between the two."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HOG_CELL, HOG_BINS = 8, 9  # Dalal & Triggs 2005; MaskFeat
-
-
-class HOGTeacher(nn.Module):
-    """Histograms of oriented gradients: 9 unsigned orientations per colour channel and 8-pixel cell.
-
-    patch: pixels a token covers along a side, a multiple of 8. Each histogram is L2-normalised, then its mean over
-    orientations is taken off, so that a cell without structure is the zero vector. D = 3 * 9 * (patch / 8)^2.
-    """
-
-    def __init__(self, patch: int = 16, eps: float = 0.02) -> None:
-        super().__init__()
-        if patch % HOG_CELL:
-            raise ValueError(f"HOG patch: expected a multiple of {HOG_CELL} pixels, got {patch}")
-        self.patch, self.eps = patch, eps  # eps: gradient magnitude below which a cell counts as flat
-
-    @property
-    def channels(self) -> int:
-        return 3 * HOG_BINS * (self.patch // HOG_CELL) ** 2
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """pixels [N, 3, H, W], sides multiples of `patch` -> tokens [N, D, H/patch, W/patch], fp32"""
-        if x.shape[2] % self.patch or x.shape[3] % self.patch:
-            raise ValueError(f"HOG: sides must be multiples of {self.patch}, got {x.shape[2]}x{x.shape[3]}")
-        x = F.pad(x.float(), (1, 1, 1, 1), mode="replicate")
-        gx = 0.5 * (x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2])
-        gy = 0.5 * (x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1])
-        magnitude = torch.sqrt(gx * gx + gy * gy)
-        angle = torch.atan2(gy, gx) / math.pi * HOG_BINS  # in bins; orientation is angle modulo 180 degrees
-        bins = torch.arange(HOG_BINS, device=x.device, dtype=x.dtype).view(1, 1, -1, 1, 1)
-        distance = (angle.unsqueeze(2) - bins).remainder(HOG_BINS)  # circular, in [0, 9)
-        share = (1 - torch.minimum(distance, HOG_BINS - distance)).clamp(min=0)  # linear between the two nearest bins
-        votes = magnitude.unsqueeze(2) * share  # [N, 3, 9, H, W]
-        cells = F.avg_pool2d(votes.flatten(1, 2), HOG_CELL).unflatten(1, (3, HOG_BINS))  # [N, 3, 9, H/8, W/8]
-        cells = cells / torch.sqrt(cells.square().sum(2, keepdim=True) + self.eps**2)
-        cells = (cells - cells.mean(2, keepdim=True)).flatten(1, 2)
-        return F.pixel_unshuffle(cells, self.patch // HOG_CELL)
+from flux2.layers import unit
+from kernels import repa_loss
 
 
 class AlignmentHead(nn.Conv2d):
@@ -60,4 +16,35 @@ class AlignmentHead(nn.Conv2d):
         super().__init__(latent_channels, teacher_channels, 1)
 
 
-TEACHERS = {"hog": HOGTeacher}
+def _check(pred: Tensor, target: Tensor) -> None:
+    if pred.shape != target.shape or pred.ndim != 4:
+        shapes = f"{list(pred.shape)} and {list(target.shape)}"
+        raise ValueError(f"alignment: expected two equal shapes [N, D, h, w], got {shapes}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, D, h, w] -> [N, h w, D]; no copy of channels_last."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def cosine_alignment(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean of 1 - cos(pred, target) over positions, fp32 scalar; both [N, D, h, w], cosine over D. Gradient to both.
+
+    The REPA loss (arXiv:2410.06940, eq. 8) plus one, so that 0 is perfect alignment. On a GPU one fused kernel.
+    """
+    _check(pred, target)
+    return 1.0 + repa_loss(_rows(pred), _rows(target))
+
+
+def vf_loss(pred: Tensor, target: Tensor, *, cosine_margin: float = 0.5, distance_margin: float = 0.25) -> Tensor:
+    """VA-VAE's vision foundation loss (arXiv:2501.01423, section 3.2), fp32 scalar; both [N, D, h, w].
+
+    mean relu(1 - cosine_margin - cos(p_i, t_i)) over positions, plus mean relu(|cos(p_i, p_j) - cos(t_i, t_j)| -
+    distance_margin) over pairs of positions of one image. The first is content with a cosine of 1 - cosine_margin, the
+    second with similarities that differ by distance_margin, so that neither fights reconstruction to the end.
+    """
+    _check(pred, target)
+    p, t = unit(_rows(pred.float()), 2), unit(_rows(target.float()), 2)
+    marginal_cosine = F.relu(1 - cosine_margin - (p * t).sum(2)).mean()
+    difference = (p @ p.transpose(1, 2) - t @ t.transpose(1, 2)).abs()  # [N, h w, h w]
+    return marginal_cosine + F.relu(difference - distance_margin).mean()

@@ -1,4 +1,4 @@
-"""HOG teacher against a loop over pixels, and against pictures whose orientation is known."""
+"""Alignment losses against loops over positions, with gradients against finite differences."""
 
 import math
 
@@ -6,55 +6,73 @@ import numpy as np
 import pytest
 import torch
 
-from flux2.alignment import HOG_BINS, AlignmentHead, HOGTeacher
-
-
-def loop_hog(plane, eps):
-    """[8, 8] plane with a replicated border -> centred histogram of 9 bins, one pixel at a time"""
-    padded = np.pad(plane, 1, mode="edge")
-    votes = np.zeros(HOG_BINS)
-    for i in range(8):
-        for j in range(8):
-            gx = (padded[i + 1, j + 2] - padded[i + 1, j]) / 2
-            gy = (padded[i + 2, j + 1] - padded[i, j + 1]) / 2
-            position = (math.atan2(gy, gx) % math.pi) / math.pi * HOG_BINS
-            low = int(position) % HOG_BINS
-            part = position - int(position)
-            votes[low] += math.hypot(gx, gy) * (1 - part)
-            votes[(low + 1) % HOG_BINS] += math.hypot(gx, gy) * part
-    votes /= 64
-    votes /= math.sqrt((votes**2).sum() + eps**2)
-    return votes - votes.mean()
-
-
-def test_tokens_equal_a_loop_over_pixels():
-    teacher = HOGTeacher(patch=8)
-    x = torch.rand(1, 3, 8, 8) * 2 - 1
-    tokens = teacher(x)
-    assert tokens.shape == (1, teacher.channels, 1, 1) == (1, 27, 1, 1)
-    for c in range(3):
-        expected = loop_hog(x[0, c].double().numpy(), teacher.eps)
-        np.testing.assert_allclose(tokens[0, 9 * c : 9 * c + 9, 0, 0].numpy(), expected, atol=2e-5)
-
-
-@pytest.mark.parametrize("bin_index", [0, 2, 5, 8])
-def test_gradient_direction_lands_in_its_bin(bin_index):
-    angle = math.pi * bin_index / HOG_BINS
-    rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
-    ramp = (columns * math.cos(angle) + rows * math.sin(angle)) / 32
-    cells = HOGTeacher(patch=8)(ramp.expand(1, 3, 16, 16))[0, :9, 0, 0]
-    assert cells.argmax().item() == bin_index
-
-
-def test_flat_pictures_and_shapes():
-    teacher = HOGTeacher(patch=16)
-    assert teacher(torch.zeros(2, 3, 32, 48)).abs().max() == 0
-    assert teacher(torch.rand(2, 3, 32, 48)).shape == (2, 108, 2, 3)
-    with pytest.raises(ValueError, match="multiples of 16, got 24x32"):
-        teacher(torch.zeros(1, 3, 24, 32))
-    with pytest.raises(ValueError, match="multiple of 8"):
-        HOGTeacher(patch=12)
+from flux2.alignment import AlignmentHead, cosine_alignment, vf_loss
 
 
 def test_head_maps_latents_to_tokens():
     assert AlignmentHead(128, 108)(torch.zeros(2, 128, 4, 5)).shape == (2, 108, 4, 5)
+
+
+def test_cosine_alignment_closed_forms():
+    x = torch.randn(2, 5, 3, 3)
+    assert cosine_alignment(x, 7 * x).item() == pytest.approx(0, abs=1e-6)
+    assert cosine_alignment(x, -x).item() == pytest.approx(2, abs=1e-6)
+    a, b = torch.zeros(1, 2, 1, 2), torch.zeros(1, 2, 1, 2)
+    a[0, 0], b[0, 1] = 1.0, 2.0
+    assert cosine_alignment(a, b).item() == 1.0
+    zero = torch.zeros(1, 2, 1, 2, requires_grad=True)
+    cosine_alignment(zero, b).backward()
+    assert torch.isfinite(zero.grad).all()
+    with pytest.raises(ValueError, match="expected two equal shapes"):
+        cosine_alignment(x, x[:1])
+
+
+def loop_vf(p, t, m1, m2):
+    """[N, D, h, w] twice -> marginal cosine plus marginal distance matrix, one pair at a time"""
+    n = p.shape[0]
+    p, t = (v.reshape(n, v.shape[1], -1).transpose(0, 2, 1) for v in (p, t))
+
+    def cos(a, b):
+        return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+    size = p.shape[1]
+    first = np.mean([max(0.0, 1 - m1 - cos(p[i, k], t[i, k])) for i in range(n) for k in range(size)])
+    pairs = [
+        max(0.0, abs(cos(p[i, j], p[i, k]) - cos(t[i, j], t[i, k])) - m2)
+        for i in range(n)
+        for j in range(size)
+        for k in range(size)
+    ]
+    return first + np.mean(pairs)
+
+
+@pytest.mark.parametrize("margins", [(0.5, 0.25), (0.0, 0.0)])
+def test_vf_loss_equals_a_loop_over_pairs(margins):
+    p, t = torch.randn(2, 6, 2, 3, dtype=torch.float64), torch.randn(2, 6, 2, 3, dtype=torch.float64)
+    got = vf_loss(p, t, cosine_margin=margins[0], distance_margin=margins[1])
+    assert got.item() == pytest.approx(loop_vf(p.numpy(), t.numpy(), *margins), rel=1e-5)
+    assert vf_loss(t, t, cosine_margin=margins[0], distance_margin=margins[1]).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_vf_loss_has_the_gradient_of_its_value():
+    p, t = torch.randn(1, 5, 2, 2, requires_grad=True), torch.randn(1, 5, 2, 2)
+    (gradient,) = torch.autograd.grad(vf_loss(p, t), p)
+    step = 1e-2 * gradient / gradient.norm()
+    slope = (vf_loss(p + step, t) - vf_loss(p - step, t)) / 2e-2
+    assert slope.item() == pytest.approx(gradient.norm().item(), rel=0.02)
+
+
+def test_vf_loss_is_content_inside_its_margins():
+    t = torch.randn(1, 64, 2, 2)
+    p = (t + 0.3 * torch.randn_like(t)).requires_grad_()
+    loss = vf_loss(p, t, cosine_margin=0.5, distance_margin=0.25)
+    assert loss.item() == 0
+    loss.backward()
+    assert p.grad.abs().max() == 0
+
+
+def test_tokens_that_are_zero_are_safe():
+    p, t = torch.zeros(1, 3, 2, 2, requires_grad=True), torch.randn(1, 3, 2, 2)
+    loss = vf_loss(p, t)
+    loss.backward()
+    assert torch.isfinite(loss) and p.grad.abs().max() == 0
