@@ -1,6 +1,20 @@
-"""Models and mathematics: image autoencoders of the FLUX.2 class, their losses, metrics and checkpoints."""
+"""Models and mathematics: image autoencoders of the FLUX.2 class, flow-matching transformers on their latents."""
 
 from flux2.autoencoder import AUTOENCODERS, AutoEncoder, AutoencoderConfig
 from flux2.checkpoints import load_autoencoder, save_autoencoder
+from flux2.rae import RAE, RAES, RAEConfig
+from flux2.transformer import TRANSFORMERS, SiT, TransformerConfig
 
-__all__ = ["AUTOENCODERS", "AutoEncoder", "AutoencoderConfig", "load_autoencoder", "save_autoencoder"]
+__all__ = [
+    "AUTOENCODERS",
+    "RAE",
+    "RAES",
+    "TRANSFORMERS",
+    "AutoEncoder",
+    "AutoencoderConfig",
+    "RAEConfig",
+    "SiT",
+    "TransformerConfig",
+    "load_autoencoder",
+    "save_autoencoder",
+]
