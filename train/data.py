@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +34,10 @@ TRAINING_PHOTOGRAPHS = (
 )
 HELD_OUT_PHOTOGRAPHS = ("coffee.png", "chelsea.png")
 HELD_OUT_EVERY = 20  # of a folder without its own held-out folder, each 20th picture is held out
-STREAM_CROPS, STREAM_POSTERIOR, STREAM_HELD_OUT = 100, 101, 102  # Philox streams of the training loop
-DRAWS = 12  # uniforms a crop uses, see _crop and _colours
+# Philox streams of the training loop
+STREAM_CROPS, STREAM_POSTERIOR, STREAM_HELD_OUT = 100, 101, 102
+STREAM_AUGMENT, STREAM_EQUIVARIANCE, STREAM_NOISE_LEVEL = 103, 104, 105
+DRAWS = 12  # uniforms a crop uses, see crop_of and _colours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,36 @@ def open_pictures(data: str, held_out: str = "") -> tuple[Pictures, Pictures]:
     return Pictures(kept, in_memory=False), Pictures(held, in_memory=False)
 
 
+def class_names(pictures: Pictures, data: str) -> list[str]:
+    """The class of each picture: its first folder below `data`, "" for one that lies in `data` itself; of an embedded
+    photograph its own name."""
+    if data == "photographs":
+        return [path.stem for path in pictures.paths]
+    parts = [p.relative_to(data).parts if p.is_relative_to(data) else p.parts[-2:] for p in pictures.paths]
+    return [p[0] if len(p) > 1 else "" for p in parts]
+
+
+class EpochOrder:
+    """Which of `num` things sample `sample` of step `step` is: each epoch of `num` samples in a fresh random order."""
+
+    def __init__(self, num: int, *, batch: int, seed: int) -> None:
+        self.num, self.batch, self.seed = num, batch, seed
+        self._permutation = lru_cache(maxsize=2)(self._permutation_of)
+
+    def __getstate__(self) -> dict:  # caches do not travel to worker processes
+        return {"num": self.num, "batch": self.batch, "seed": self.seed}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def _permutation_of(self, epoch: int) -> np.ndarray:
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num)
+
+    def index_of(self, step: int, sample: int) -> int:
+        epoch, position = divmod(step * self.batch + sample, self.num)
+        return int(self._permutation(epoch)[position])
+
+
 class CropBatches(Dataset):
     """Item `step` is the batch of that step: uint8 [batch, 3, R, R].
 
@@ -119,34 +153,27 @@ class CropBatches(Dataset):
     ) -> None:
         self.pictures, self.resolution, self.batch = pictures, resolution, batch
         self.augmentation, self.seed = augmentation, seed
-        self._permutation = lru_cache(maxsize=2)(self._permutation_of)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_permutation"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._permutation = lru_cache(maxsize=2)(self._permutation_of)
-
-    def _permutation_of(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(len(self.pictures))
+        self._order = EpochOrder(len(pictures), batch=batch, seed=seed)
 
     def picture_of(self, step: int, sample: int) -> int:
         """Index of the picture that sample `sample` of step `step` is cut from."""
-        epoch, position = divmod(step * self.batch + sample, len(self.pictures))
-        return int(self._permutation(epoch)[position])
+        return self._order.index_of(step, sample)
+
+    def names(self, step: int) -> list[str]:
+        """File names of the pictures that the samples of a step are cut from."""
+        return [self.pictures.paths[self.picture_of(step, i)].name for i in range(self.batch)]
 
     def __getitem__(self, step: int) -> Tensor:
         draws = uniform(self.seed, step, 0, self.batch, DRAWS, stream=STREAM_CROPS)
         crops = [
-            _crop(self.pictures[self.picture_of(step, i)], self.resolution, u, self.augmentation)
+            crop_of(self.pictures[self.picture_of(step, i)], self.resolution, u, self.augmentation)
             for i, u in enumerate(draws.tolist())
         ]
         batch = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)  # uint8 [n, 3, R, R]
         return _colours(batch, draws, self.augmentation.colour) if self.augmentation.colour else batch
 
 
-def _crop(image: np.ndarray, resolution: int, u: list[float], augmentation: Augmentation) -> np.ndarray:
+def crop_of(image: np.ndarray, resolution: int, u: list[float], augmentation: Augmentation) -> np.ndarray:
     """uint8 [R, R, 3] cut from uint8 [H, W, 3]; u: uniforms, of which 0..4 are used here."""
     from PIL import Image
 
@@ -172,6 +199,17 @@ def _crop(image: np.ndarray, resolution: int, u: list[float], augmentation: Augm
     return np.ascontiguousarray(crop)
 
 
+def centre_square(image: np.ndarray, resolution: int) -> np.ndarray:
+    """The largest centred square of uint8 [H, W, 3], resampled (PIL's bicubic, antialiased) to uint8 [R, R, 3]."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = Image.fromarray(image[top : top + side, left : left + side])
+    return np.asarray(square.resize((resolution, resolution), Image.Resampling.BICUBIC))
+
+
 def _colours(batch: Tensor, draws: Tensor, strength: float) -> Tensor:
     """Contrast, saturation, brightness and channel order, per sample; uniforms 5..10 of `draws` [n, DRAWS]."""
     signed = (2 * draws[:, 5:8, None, None] - 1) * strength  # [n, 3, 1, 1]
@@ -192,8 +230,8 @@ def _ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def batches(dataset: CropBatches, start: int, stop: int, *, workers: int) -> Iterator[Tensor]:
-    """Batches of steps start .. stop - 1, in order, uint8 [n, 3, R, R]; `workers` processes read ahead (0: none)."""
+def batches(dataset: Dataset, start: int, stop: int, *, workers: int) -> Iterator[Any]:
+    """Items start .. stop - 1 of `dataset`, a batch each, in order; `workers` processes read ahead (0: none)."""
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -211,7 +249,7 @@ def held_out_crops(pictures: Pictures, *, num_crops: int = 256, resolution: int 
     draws = uniform(0, 0, 0, num_crops, 5, stream=STREAM_HELD_OUT).tolist()
     plain = Augmentation(flip=False)
     share = math.ceil(num_crops / len(pictures))
-    crops = [_crop(pictures[i // share], resolution, u, plain) for i, u in enumerate(draws)]
+    crops = [crop_of(pictures[i // share], resolution, u, plain) for i, u in enumerate(draws)]
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
 
 
@@ -222,3 +260,24 @@ def training_pixels(dataset: CropBatches, num_images: int) -> Tensor:
     """
     steps = range(2**31, 2**31 + math.ceil(num_images / dataset.batch))
     return from_uint8(torch.cat([dataset[s] for s in steps]))
+
+
+_USAGE = """usage: python -m train.data COMMAND ...
+
+  cache    encode pictures once, for training flow models on (python -m train.data cache --help)"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m train.data`: runs one command; exit code 2 where there is no such command."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["cache"]:
+        from train import cache
+
+        return cache.main(argv[1:])
+    asked = bool(argv) and argv[0] in ("-h", "--help")
+    print(_USAGE if asked else f"error: expected the command cache, got {' '.join(argv[:1]) or 'none'}\n{_USAGE}")
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

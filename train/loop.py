@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux2.checkpoints import load_tensors, save_json, save_tensors
+from flux2.tensor_files import load_tensors, save_json, save_tensors
 
 
 def choose_device(name: str) -> torch.device:
@@ -42,14 +41,6 @@ def choose_precision(precision: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
-
-
-def cosine_lr(step: int, *, steps: int, warmup: int, final: float) -> float:
-    """Multiple of the peak learning rate at `step`: linear from 1/warmup to 1, then half a cosine down to `final`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -268,12 +259,13 @@ class Progress:
         (t0, s0), (t1, s1) = self._times[0], self._times[-1]
         return (s1 - s0) * self.batch / max(1e-9, t1 - t0)
 
-    def update(self, done: int, losses: dict[str, float]) -> None:
-        """`done` steps are done; losses by name."""
+    def update(self, done: int, losses: dict[str, float], remark: str = "") -> None:
+        """`done` steps are done; losses by name, and what there is to say about them."""
         now = time.monotonic()
         self._times = [*self._times[-50:], (now, done)]
         rate = self.images_per_second()
         text = f"{rate:.0f} img/s, peak {peak_memory_bytes(self.device) / 2**30:.2f} GiB, "
+        text += f"{remark}, " if remark else ""
         text += " ".join(f"{k} {v:.3g}" for k, v in losses.items())  # last: a narrow terminal cuts the line
         if self._terminal:
             self._bar.set_postfix_str(text, refresh=False)

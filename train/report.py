@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux2.autoencoder import AutoEncoder
-from flux2.checkpoints import save_json
 from flux2.images import error_image, from_uint8, save_png, tile, to_array, to_uint8
 from flux2.linear_code import LinearCode
 from flux2.metrics import psnr, ssim
+from flux2.rae import RAE
+from flux2.tensor_files import save_json
 from train.data import Pictures
 from train.loop import read_log
+from train.page import page, picture, table
 
 GRID_CROPS = 8
 WHOLE_PICTURES, WHOLE_SIDE = 2, 512  # held-out pictures shown whole, and the longest side shown
@@ -31,7 +32,7 @@ def bicubic(x: Tensor, side: int) -> Tensor:
     return large.round().clamp(0, 255).to(torch.uint8)
 
 
-def yardsticks(ae: AutoEncoder, crops: Tensor, code: LinearCode) -> dict[str, tuple[float, Tensor]]:
+def yardsticks(ae: AutoEncoder | RAE, crops: Tensor, code: LinearCode) -> dict[str, tuple[float, Tensor]]:
     """{label: (numbers of the code per crop, reconstruction uint8 [N, 3, R, R])} of codes anyone can compute."""
     side, f, z = crops.shape[-1], ae.cfg.downsample, ae.cfg.z_channels
     equal = max(1, round(side * (z / 3) ** 0.5 / f))  # 3 side'^2 numbers, as near as whole pixels allow
@@ -69,7 +70,7 @@ def latent_rgb(z: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def whole_pictures(ae: AutoEncoder, pictures: Pictures, code: LinearCode) -> list[dict[str, np.ndarray]]:
+def whole_pictures(ae: AutoEncoder | RAE, pictures: Pictures, code: LinearCode) -> list[dict[str, np.ndarray]]:
     """For the first held-out pictures: original, ours, PCA, 5x error of ours, and raw and normalised latents as RGB."""
     device = next(ae.parameters()).device
     shown = []
@@ -81,21 +82,16 @@ def whole_pictures(ae: AutoEncoder, pictures: Pictures, code: LinearCode) -> lis
             continue
         image = image[:, :, :height, :width]
         x = from_uint8(image)
-        z = ae.encode(x.to(device))
-        ours, linear = (to_array(to_uint8(y)[0].cpu()) for y in (ae.decode(z), code.reconstruct(x)))
+        raw = ae.posterior(x.to(device)).mode()
+        ours, linear = (to_array(to_uint8(y)[0].cpu()) for y in (ae.decode_raw(raw), code.reconstruct(x)))
         original = to_array(image[0])
-        latent = latent_rgb(z[0].float().cpu())
-        raw = latent_rgb(ae.denormalise(z)[0].float().cpu())
-        enlarge = [np.repeat(np.repeat(r, height // r.shape[0], 0), width // r.shape[1], 1) for r in (raw, latent)]
+        latents = {"raw latent": raw}
+        if isinstance(ae, AutoEncoder):  # an RAE normalises pictures of one size alone
+            latents["normalised latent"] = ae.normalise(raw)
+        drawn = {name: latent_rgb(z[0].float().cpu()) for name, z in latents.items()}
+        enlarged = {k: r.repeat(height // r.shape[0], 0).repeat(width // r.shape[1], 1) for k, r in drawn.items()}
         shown.append(
-            {
-                "original": original,
-                "ours": ours,
-                "PCA": linear,
-                "5x error": error_image(original, ours),
-                "raw latent": enlarge[0],
-                "normalised latent": enlarge[1],
-            }
+            {"original": original, "ours": ours, "PCA": linear, "5x error": error_image(original, ours), **enlarged}
         )
     return shown
 
@@ -110,13 +106,16 @@ def plot_curves(records: list[dict[str, Any]], path: Path, levels: dict[str, flo
     steps = [r for r in records if "loss" in r]
     held = [r for r in records if "held_out_psnr" in r]
     skip = {"step", "nimg", "lr", "images_per_second", "peak_memory_bytes"}
-    names = [k for k in (steps[0] if steps else {}) if k not in skip]
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), constrained_layout=True)
+    numbers = {k for r in steps for k, v in r.items() if isinstance(v, (int, float))} - skip
+    names = sorted(numbers, key=lambda k: (k.startswith(("d_", "gan")), k))  # the discriminator's last
+    rows = -(-(1 + len(names)) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(15, 3.1 * rows), constrained_layout=True, squeeze=False)
     flat = list(axes.flat)
     for axis, name in zip(flat[1:], names, strict=False):
-        axis.plot([r["nimg"] for r in steps], [r[name] for r in steps], lw=1.2)
+        having = [r for r in steps if name in r]
+        axis.plot([r["nimg"] for r in having], [r[name] for r in having], lw=1.2)
         axis.set_title(name)
-        if min(r[name] for r in steps) > 0:
+        if min(r[name] for r in having) > 0 and "accuracy" not in name:
             axis.set_yscale("log")
     flat[0].plot([r["nimg"] for r in held], [r["held_out_psnr"] for r in held], "o-", label="ours (EMA)")
     for style, (label, level) in zip(("--", "-.", ":"), levels.items(), strict=False):
@@ -136,7 +135,14 @@ def _mean(values: Tensor) -> float:
 
 
 def write_report(
-    folder: Path, *, config: str, ae: AutoEncoder, crops: Tensor, ours: Tensor, code: LinearCode, held_out: Pictures
+    folder: Path,
+    *,
+    config: str,
+    ae: AutoEncoder | RAE,
+    crops: Tensor,
+    ours: Tensor,
+    code: LinearCode,
+    held_out: Pictures,
 ) -> float:
     """Writes folder/samples/*.png, folder/results.json and folder/report.html; returns the held-out PSNR in dB.
 
@@ -146,70 +152,43 @@ def write_report(
     others = yardsticks(ae, crops, code)
     size = ae.cfg.z_channels * (crops.shape[-1] // ae.cfg.downsample) ** 2
     rows = {"ours (EMA)": (size, ours), **others}
-    table = {
+    results = {
         label: {"numbers_per_crop": n, "psnr_db": _mean(psnr(crops, y)), "ssim": _mean(ssim(crops, y))}
         for label, (n, y) in rows.items()
     }
     records = read_log(folder / "log.jsonl")
     linear = others[list(others)[-1]][1]
     save_png(samples / "reconstructions.png", reconstruction_grid(crops, ours, linear))
-    for index, picture in enumerate(whole_pictures(ae, held_out, code)):
-        for label, image in picture.items():
+    for index, images in enumerate(whole_pictures(ae, held_out, code)):
+        for label, image in images.items():
             save_png(samples / f"held_out_{index}_{label.replace(' ', '_')}.png", image)
-    plot_curves(records, samples / "losses.png", {k: v["psnr_db"] for k, v in list(table.items())[1:]})
+    plot_curves(records, samples / "losses.png", {k: v["psnr_db"] for k, v in list(results.items())[1:]})
     last = next((r for r in reversed(records) if "loss" in r), {})
-    save_json(folder / "results.json", {"held_out": table, "crops": len(crops), "last": last})
-    (folder / "report.html").write_text(_page(folder, config, table, len(crops), crops.shape[-1], last))
-    return table["ours (EMA)"]["psnr_db"]
+    save_json(folder / "results.json", {"held_out": results, "crops": len(crops), "last": last})
+    (folder / "report.html").write_text(_page(folder, config, results, len(crops), crops.shape[-1], last))
+    return results["ours (EMA)"]["psnr_db"]
 
 
-def _picture(path: Path, caption: str, width: str = "100%") -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    caption = html.escape(caption)
-    return (
-        f'<figure style="width:{width}"><img alt="{caption}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def _page(folder: Path, config: str, table: dict, num_crops: int, side: int, last: dict) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(label)}</td><td>{row['numbers_per_crop']}</td><td>{row['psnr_db']:.2f}</td>"
-        f"<td>{row['ssim']:.4f}</td></tr>"
-        for label, row in table.items()
-    )
+def _page(folder: Path, config: str, results: dict, num_crops: int, side: int, last: dict) -> str:
+    cells = [[k, str(r["numbers_per_crop"]), f"{r['psnr_db']:.2f}", f"{r['ssim']:.4f}"] for k, r in results.items()]
     samples = folder / "samples"
     whole = ""
     for index in range(WHOLE_PICTURES):
         paths = sorted(samples.glob(f"held_out_{index}_*.png"), key=lambda p: _ORDER.index(p.stem.split("_", 3)[3]))
-        whole += "".join(_picture(p, p.stem.split("_", 3)[3].replace("_", " "), "32%") for p in paths)
-    facts = ", ".join(f"{k} {v:.4g}" for k, v in last.items())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(folder.name)}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
-img {{ width: 100%; image-rendering: auto }}
-figure {{ display: inline-block; margin: 0 0.5% 1em 0; vertical-align: top }}
-figcaption {{ color: #666; font-size: 13px }}
-table {{ border-collapse: collapse }} td, th {{ padding: 0.2em 1em; border-bottom: 1px solid #ddd; text-align: right }}
-td:first-child, th:first-child {{ text-align: left }}
-pre {{ background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px }}
-</style></head><body>
-<h1>{html.escape(folder.name)}</h1>
-<h2>Held-out reconstruction</h2>
+        whole += "".join(picture(p, p.stem.split("_", 3)[3].replace("_", " "), "32%") for p in paths)
+    facts = ", ".join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in last.items())
+    body = f"""<h2>Held-out reconstruction</h2>
 <p>{num_crops} crops of {side} pixels from pictures that training never sees; means of per-crop figures on 8-bit values.
 A code's size is the count of numbers it keeps of a crop's {3 * side * side}.
 PCA is fitted on the training pictures.</p>
-<table><tr><th>code</th><th>numbers a crop</th><th>PSNR, dB</th><th>SSIM</th></tr>{rows}</table>
-{_picture(samples / "reconstructions.png", "rows: original, ours, 5x error of ours, PCA, 5x error of PCA")}
+{table(["code", "numbers a crop", "PSNR, dB", "SSIM"], cells)}
+{picture(samples / "reconstructions.png", "rows: original, ours, 5x error of ours, PCA, 5x error of PCA")}
 <h2>Held-out pictures, and the latent's three main components as colours</h2>
 {whole}
 <h2>Training</h2>
-{_picture(samples / "losses.png", "each loss term by name, unweighted, and held-out PSNR against images seen")}
-<p>Last logged: {html.escape(facts)}</p>
-<h2>Config</h2><pre>{html.escape(config)}</pre>
-</body></html>
-"""
+{picture(samples / "losses.png", "each loss term by name, unweighted, and held-out PSNR against images seen")}
+<p>Last logged: {html.escape(facts)}</p>"""
+    return page(folder.name, body, config)
 
 
 _ORDER = ["original", "ours", "PCA", "5x_error", "raw_latent", "normalised_latent"]

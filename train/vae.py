@@ -8,22 +8,18 @@ import time
 import warnings
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flux2.alignment import TEACHERS, AlignmentHead
 from flux2.autoencoder import AutoEncoder
-from flux2.checkpoints import save_json
-from flux2.ema import EMA
+from flux2.checkpoints import load_autoencoder
 from flux2.images import from_uint8, to_uint8
-from flux2.latents import fit_latent_statistics, patchify
+from flux2.latents import fit_latent_statistics
 from flux2.linear_code import LinearCode, fit_context_decoder, fit_linear_code, warm_start
-from flux2.losses import cosine_alignment, l1, laplacian_loss
 from flux2.metrics import psnr
+from flux2.rae import RAE
 from kernels.dispatch import resolve
-from kernels.philox import normal
-from train.configs import RunOptions, VaeConfig, differences, parse_vae, to_dict
+from train.configs import RunOptions, describe, differences, to_dict
 from train.data import (
-    STREAM_POSTERIOR,
     Augmentation,
     CropBatches,
     Pictures,
@@ -32,113 +28,18 @@ from train.data import (
     open_pictures,
     training_pixels,
 )
-from train.loop import (
-    Checkpoints,
-    Interrupt,
-    Log,
-    Progress,
-    choose_device,
-    choose_precision,
-    cosine_lr,
-    cpp_compiler,
-    environment,
-    latest_run_folder,
-    load_optimiser_tensors,
-    new_run_folder,
-    optimiser_tensors,
-    parameters_by_rate,
-    peak_memory_bytes,
-)
+from train.loop import choose_device, choose_precision, cpp_compiler
 from train.report import write_report
+from train.run import Run
+from train.vae_config import VaeConfig, parse_vae
+from train.vae_trainer import VaeTrainer
 
 HELD_OUT_CROPS, HELD_OUT_SIDE = 256, 64
 FITTED_PIXELS = 4096 * 64 * 64  # pixels that closed-form fits (PCA, latent statistics) look at, whatever the crop size
-LOG_EVERY = 10  # steps a line of log.jsonl is the mean of: reading a loss makes a GPU wait
-
-
-class VaeTrainer:
-    """Model, averaged model, teacher and optimiser of one run; `step` is one update."""
-
-    def __init__(self, config: VaeConfig, device: torch.device, *, compiled: bool, backend: str = "auto") -> None:
-        self.config, self.device = config, device
-        torch.manual_seed(config.seed)
-        self.ae = AutoEncoder(config.autoencoder, backend).to(device)
-        self.teacher = self.head = None
-        if config.align_weight:
-            self.teacher = TEACHERS[config.teacher](patch=config.autoencoder.multiple).to(device)
-            self.head = AlignmentHead(config.autoencoder.latent_channels, self.teacher.channels).to(device)
-        self.trained = nn.ModuleList([self.ae] + ([self.head] if self.head else []))
-        self.optimiser = self._optimiser()
-        self.ema = EMA(self.ae, config.ema_decay)
-        self._losses = torch.compile(self.losses, fullgraph=True, dynamic=False) if compiled else self.losses
-
-    def _optimiser(self) -> torch.optim.AdamW:
-        groups = [
-            {"params": group, "rate": self.config.linear_lr if slow else 1.0}
-            for slow, group in parameters_by_rate(self.trained, "linear")
-        ]
-        decay = self.config.weight_decay
-        return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, weight_decay=decay, fused=True)
-
-    def start_from(self, code: LinearCode, x: Tensor) -> None:
-        """Warm start of model and average from a code fitted on pixels x; before the first step."""
-        warm_start(self.ae, code, fit_context_decoder(code, x))
-        self.ema = EMA(self.ae, self.config.ema_decay)
-
-    def losses(self, x: Tensor, tokens: Tensor | None, noise: Tensor | None) -> dict[str, Tensor]:
-        """Pixels [N, 3, R, R], tokens [N, D, R/m, R/m], posterior noise -> each term; "loss" is their weighted sum."""
-        config = self.config
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            posterior = self.ae.posterior(x)
-            z = posterior.mode() if noise is None else posterior.sample(noise)
-            recon = self.ae.decode_raw(z)
-            predicted = self.head(patchify(z, config.autoencoder.patch)) if self.head else None
-        terms = {"l1": l1(recon, x), "laplacian": laplacian_loss(recon, x), "kl": posterior.kl().mean()}
-        if predicted is not None and tokens is not None:
-            terms["align"] = cosine_alignment(predicted, tokens)
-        weighted = [getattr(config, f"{name}_weight") * term for name, term in terms.items()]
-        return {"loss": torch.stack(weighted).sum(), **terms}
-
-    def noise(self, step: int, num: int) -> Tensor | None:
-        """Posterior noise of a step, fp32 [num, z, R/f, R/f]; None where the mode is decoded."""
-        if not self.config.sample_posterior:
-            return None
-        side = self.config.resolution // self.config.autoencoder.downsample
-        shape = (num, self.config.autoencoder.z_channels, side, side)
-        return normal(self.config.seed, step, 0, shape, stream=STREAM_POSTERIOR, device=self.device)
-
-    def step(self, step: int, batch: Tensor) -> dict[str, Tensor]:
-        """One update on uint8 [N, 3, R, R]: detached scalars, each term by name, "loss" and "grad_norm"."""
-        config = self.config
-        x = from_uint8(batch.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        factor = cosine_lr(step, steps=config.steps, warmup=config.warmup, final=config.final_lr)
-        for group in self.optimiser.param_groups:
-            group["lr"] = config.lr * factor * group["rate"]
-        terms = self._losses(x, self.teacher(x) if self.teacher else None, self.noise(step, len(x)))
-        terms["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        self.ema.update(self.ae, step)
-        return {**{k: v.detach() for k, v in terms.items()}, "grad_norm": norm}
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything a resumed run needs, by checkpoint file."""
-        head = {"head": self.head.state_dict()} if self.head else {}
-        model = {"model": self.ae.state_dict(), "ema": self.ema.model.state_dict()}
-        return {**model, **head, "optimiser": optimiser_tensors(self.optimiser)}
-
-    def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Inverse of `tensors`."""
-        self.ae.load_state_dict(tensors["model"])
-        self.ema.model.load_state_dict(tensors["ema"])
-        if self.head:
-            self.head.load_state_dict(tensors["head"])
-        load_optimiser_tensors(self.optimiser, tensors["optimiser"])
 
 
 @torch.no_grad()
-def reconstruct_uint8(ae: AutoEncoder, images: Tensor, *, batch: int = 32) -> Tensor:
+def reconstruct_uint8(ae: AutoEncoder | RAE, images: Tensor, *, batch: int = 32) -> Tensor:
     """uint8 [N, 3, H, W] of any size -> reconstructions, uint8 of the same shape, on the CPU; in the weights' dtype."""
     device = next(ae.parameters()).device
     parts = [to_uint8(ae.reconstruct(from_uint8(part.to(device)))).cpu() for part in images.split(batch)]
@@ -170,42 +71,39 @@ def usable_compiler(device: torch.device) -> bool:
     return True
 
 
-def describe(config: VaeConfig) -> str:
-    """The resolved config as YAML, as it is printed and saved."""
-    import yaml
+def start_from(config: VaeConfig, trainer: VaeTrainer, crops: CropBatches) -> None:
+    """The first weights of a new run: those of --init, a warm start, or as they were drawn. ValueError if unfit."""
+    if config.init:
+        loaded = load_autoencoder(config.init)
+        if changed := differences(to_dict(config.autoencoder), to_dict(loaded.cfg)):
+            expected = "; ".join(line.replace("saved", "expected").replace("now", "got") for line in changed)
+            raise ValueError(f"--init {config.init}: another shape than the preset's: {expected}")
+        trainer.ae.load_state_dict(loaded.state_dict())
+        trainer.average()
+    elif config.warm_start == "pca":
+        assert isinstance(trainer.ae, AutoEncoder)  # others have no shortcut to start
+        code, x = fit_code(config, crops)
+        warm_start(trainer.ae, code, fit_context_decoder(code, x))
+        trainer.average()
 
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
 
-
-def train(config: VaeConfig, run: RunOptions) -> int:
+def train(config: VaeConfig, options: RunOptions) -> int:
     """Runs `config`; returns the exit code (0, or 128 + signal after an interruption that was saved)."""
-    device = choose_device(run.device)
-    resolve("--backend", run.backend, torch.empty(1, device=device))  # a ValueError before anything is written
+    device = choose_device(options.device)
+    resolve("--backend", options.backend, torch.empty(1, device=device))  # a ValueError before anything is written
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
-    if run.dry_run:
+    text = describe(config)
+    if options.dry_run:
         from train.estimate import estimate
 
-        print(describe(config) + estimate(config, run.backend))
+        print(text + estimate(config, options.backend))
         return 0
-    resuming = run.resume == "auto"
-    folder = (latest_run_folder if resuming else new_run_folder)(run.out, run.name, config.preset)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=run.keep)
-    saved_steps = checkpoints.steps()
-    start, tensors = 0, None
-    if saved_steps:
-        start = saved_steps[-1]
-        tensors, saved = checkpoints.load(start)
-        if changed := differences(saved["train"], to_dict(config)):
-            raise ValueError(f"{folder} was started with another config; " + "; ".join(changed))
+    if config.train == "decoder" and config.preset.endswith("-finetune") and not config.init:
+        raise ValueError(f"preset {config.preset} starts from a trained autoencoder: give it with --init")
+    run = Run(options, preset=config.preset, config=to_dict(config))
     pictures, held_out = open_pictures(config.data, config.held_out)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = describe(config)
-    (folder / "config.yaml").write_text(text)
-    save_json(folder / "env.json", environment(device))
-    print(text + f"{len(pictures)} training pictures, {len(held_out)} held out; {device}, {config.precision}")
-    print(f"run folder: {folder}" + (f", resumed at step {start}" if start else ""), flush=True)
-
-    trainer = VaeTrainer(config, device, compiled=run.compile and usable_compiler(device), backend=run.backend)
+    compiled = options.compile and usable_compiler(device)
+    trainer = VaeTrainer(config, device, compiled=compiled, backend=options.backend)
     dataset = CropBatches(
         pictures,
         resolution=config.resolution,
@@ -213,63 +111,47 @@ def train(config: VaeConfig, run: RunOptions) -> int:
         augmentation=config.augmentation,
         seed=config.seed,
     )
-    if tensors:
-        trainer.load(tensors)
-    elif config.warm_start == "pca":
-        trainer.start_from(*fit_code(config, dataset))
-    parameters = sum(p.numel() for p in trainer.ae.parameters())
-    print(f"{parameters:,} parameters; " + ("compiling, then training" if run.compile else "training"), flush=True)
+    if run.saved:
+        trainer.load(run.saved)
+    else:
+        start_from(config, trainer, dataset)
+    print(text + f"{len(pictures)} training pictures, {len(held_out)} held out; {device}, {config.precision}")
+    run.open(text, device)
+    parameters = sum(p.numel() for p in trainer.trained.parameters() if p.requires_grad)
+    print(f"{parameters:,} parameters; " + ("compiling, then training" if compiled else "training"), flush=True)
 
     crops = held_out_crops(held_out, num_crops=HELD_OUT_CROPS, resolution=_held_out_side(config))
-    stop = min(config.steps, run.stop_after or config.steps)
-    save_every = run.save_every or min(1000, -(-config.steps // 4))
-    log = Log(folder / "log.jsonl", start=start)
 
     def evaluate(step: int) -> None:
-        quality = psnr(crops, reconstruct_uint8(trainer.ema.model, crops)).mean().item()
-        log.write({"step": step, "nimg": step * config.batch, "held_out_psnr": quality})
+        quality = {}
+        for name, ema in zip(trainer.ema_names(), trainer.emas, strict=True):
+            quality[name.replace("ema", "held_out_psnr")] = (
+                psnr(crops, reconstruct_uint8(ema.model, crops)).mean().item()
+            )
+        run.log.write({"step": step, "nimg": step * config.batch, **quality})
 
     def save(step: int) -> None:
-        fit_latent_statistics_of(trainer.ema.model, dataset)
+        for ema in trainer.emas:
+            fit_latent_statistics_of(ema.model, dataset, config)
         evaluate(step)
         plain = {"format": "flux2-tokenizer", "autoencoder": to_dict(config)["autoencoder"]}
-        checkpoints.save(step, trainer.tensors(), {**plain, "train": to_dict(config), "step": step})
+        run.checkpoints.save(step, trainer.tensors(), {**plain, "train": to_dict(config), "step": step})
 
-    if not start:
+    if not run.start:
         evaluate(0)
-    began, done = time.monotonic(), start
-    with Interrupt() as interrupt:
-        progress = Progress(start=start, steps=config.steps, batch=config.batch, device=device)
-        window: list[dict[str, Tensor]] = []
-        for step, batch in enumerate(batches(dataset, start, stop, workers=config.workers), start):
-            window.append(trainer.step(step, batch))
-            done = step + 1
-            if done % LOG_EVERY == 0 or done == stop:
-                means = {k: torch.stack([w[k] for w in window]).mean().item() for k in window[0]}
-                window = []
-                check_finite(means, step)
-                progress.update(done, means)
-                lr = trainer.optimiser.param_groups[0]["lr"]
-                memory = peak_memory_bytes(device)
-                rate = {"lr": lr, "images_per_second": progress.images_per_second(), "peak_memory_bytes": memory}
-                log.write({"step": done, "nimg": done * config.batch, **means, **rate})
-            if done % save_every == 0 or done == stop or interrupt.signal:
-                save(done)
-            if interrupt.signal:
-                break
-        progress.close()
-    if done < config.steps:
-        where, how = checkpoints.path(done), f"--resume auto --name {folder.name}"
-        print(f"saved {where} after {done} of {config.steps} steps; go on with {how}")
-        return 128 + interrupt.signal if interrupt.signal else 0
-
-    print(f"trained {done - start} steps in {time.monotonic() - began:.0f} s; writing the report", flush=True)
+    began = time.monotonic()
+    data = batches(dataset, run.start, run.stop(config.steps), workers=config.workers)
+    code = run.loop(trainer, data, steps=config.steps, batch=config.batch, save=save, samples=dataset.names)
+    if code is not None:
+        return code
+    seconds = time.monotonic() - began
+    print(f"trained {config.steps - run.start} steps in {seconds:.0f} s; writing the report", flush=True)
     ours = reconstruct_uint8(trainer.ema.model, crops)
-    code, _ = fit_code(config, plain_crops(config, pictures))
+    linear, _ = fit_code(config, plain_crops(config, pictures))
     quality = write_report(
-        folder, config=text, ae=trainer.ema.model, crops=crops, ours=ours, code=code, held_out=held_out
+        run.folder, config=text, ae=trainer.ema.model, crops=crops, ours=ours, code=linear, held_out=held_out
     )
-    print(f"report: {folder / 'report.html'}")
+    print(f"report: {run.folder / 'report.html'}")
     print(f"held-out PSNR {quality:.2f} dB (EMA, {len(crops)} crops)")
     return 0
 
@@ -279,23 +161,16 @@ def _held_out_side(config: VaeConfig) -> int:
     return max(multiple, HELD_OUT_SIDE // multiple * multiple)
 
 
-def fit_latent_statistics_of(ae: AutoEncoder, dataset: CropBatches) -> None:
-    """Fits the latent statistics, where the shape has them, on training crops of at most FITTED_PIXELS / 8 pixels."""
-    if ae.cfg.latent_norm == "affine":
+def fit_latent_statistics_of(ae: AutoEncoder | RAE, dataset: CropBatches, config: VaeConfig) -> None:
+    """Fits the latent statistics, where the shape has them, on training crops of at most FITTED_PIXELS / 8 pixels.
+
+    Those of a decoder trained behind a given encoder stay as they came: flow models were trained on them.
+    """
+    if ae.cfg.latent_norm == "affine" or (config.train == "decoder" and config.init):
         return
     device = next(ae.parameters()).device
     x = training_pixels(dataset, max(2, FITTED_PIXELS // 8 // dataset.resolution**2))
     fit_latent_statistics(ae, (part.to(device) for part in x.split(32)))
-
-
-def check_finite(means: dict[str, float], step: int) -> None:
-    """FloatingPointError naming the terms that are not finite numbers."""
-    broken = {k: v for k, v in means.items() if not (abs(v) < float("inf"))}
-    if broken:
-        terms = ", ".join(f"{k} = {v}" for k, v in broken.items())
-        raise FloatingPointError(
-            f"step {step}: {terms}; the checkpoints are of before. Try a lower --lr or --precision fp32"
-        )
 
 
 def main(argv: list[str] | None = None) -> int:

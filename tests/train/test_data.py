@@ -10,8 +10,8 @@ from train.data import (
     Augmentation,
     CropBatches,
     Pictures,
-    _crop,
     batches,
+    crop_of,
     embedded_photographs,
     held_out_crops,
     open_pictures,
@@ -73,16 +73,16 @@ def test_worker_processes_change_nothing(workers):
 def test_native_scale_is_copied_pixel_for_pixel():
     image = coordinates(100, 200)
     for u in ([0.0] * 5, [0.5] * 5, [0.999999] * 5):
-        crop = _crop(image, 64, u, Augmentation(flip=False)).astype(int)
+        crop = crop_of(image, 64, u, Augmentation(flip=False)).astype(int)
         assert crop.shape == (64, 64, 3)
         assert (np.diff(crop[:, 0, 0]) == 1).all() and (np.diff(crop[0, :, 1]) == 1).all()
     assert crop[-1, -1, 0] == 99 and crop[-1, -1, 1] == 199  # the far corner is reached
-    assert _crop(image, 64, [0.0] * 5, Augmentation(flip=False))[0, 0, :2].tolist() == [0, 0]
+    assert crop_of(image, 64, [0.0] * 5, Augmentation(flip=False))[0, 0, :2].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 def test_scale_is_source_pixels_per_output_pixel(scale):
-    crop = _crop(coordinates(200, 250), 64, [0.5] * 5, Augmentation(crop_scale=(scale, scale), flip=False)).astype(
+    crop = crop_of(coordinates(200, 250), 64, [0.5] * 5, Augmentation(crop_scale=(scale, scale), flip=False)).astype(
         float
     )
     assert np.polyfit(np.arange(20), crop[20:40, 32, 0], 1)[0] == pytest.approx(scale, rel=0.05)
@@ -90,11 +90,11 @@ def test_scale_is_source_pixels_per_output_pixel(scale):
 
 
 def test_small_pictures_are_enlarged_and_flips_and_rotations_applied():
-    assert _crop(coordinates(5, 9), 64, [0.5] * 5, Augmentation()).shape == (64, 64, 3)
+    assert crop_of(coordinates(5, 9), 64, [0.5] * 5, Augmentation()).shape == (64, 64, 3)
     image = coordinates(64, 64)
-    plain = _crop(image, 64, [0.0, 0.0, 0.0, 0.9, 0.0], Augmentation())
-    flipped = _crop(image, 64, [0.0, 0.0, 0.0, 0.1, 0.0], Augmentation())
-    turned = _crop(image, 64, [0.0, 0.0, 0.0, 0.9, 0.3], Augmentation(rotate=True))
+    plain = crop_of(image, 64, [0.0, 0.0, 0.0, 0.9, 0.0], Augmentation())
+    flipped = crop_of(image, 64, [0.0, 0.0, 0.0, 0.1, 0.0], Augmentation())
+    turned = crop_of(image, 64, [0.0, 0.0, 0.0, 0.9, 0.3], Augmentation(rotate=True))
     assert np.array_equal(flipped, plain[:, ::-1]) and np.array_equal(turned, np.rot90(plain))
 
 

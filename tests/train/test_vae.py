@@ -17,9 +17,9 @@ import yaml
 from PIL import Image
 
 from flux2 import AutoEncoder, load_autoencoder
-from flux2.checkpoints import load_tensors
 from flux2.latents import patchify
 from flux2.losses import l1, laplacian_loss
+from flux2.tensor_files import load_tensors
 from train import vae
 from train.configs import VAE_PRESETS, parse_vae
 from train.data import CropBatches, embedded_photographs

@@ -1,0 +1,105 @@
+"""What train.flow reads: crops with their classes, latents of a cache, and the autoencoder that it finds or makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flux2.autoencoder import AutoEncoder
+from flux2.checkpoints import FORMAT, load_autoencoder
+from flux2.rae import RAE
+from kernels.philox import uniform
+from train.cache import LatentCache
+from train.data import Augmentation, CropBatches, EpochOrder, Pictures, class_names
+
+STREAM_MIRROR = 110  # Philox stream of which samples of a cache are mirrored
+
+
+class LabelledCrops(Dataset):
+    """Item `step`: pixels uint8 [n, 3, R, R] and labels int64 [n], indices into `classes`; len(classes) for others."""
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        data: str,
+        classes: list[str],
+        *,
+        resolution: int,
+        batch: int,
+        augmentation: Augmentation,
+        seed: int,
+    ) -> None:
+        self.crops = CropBatches(pictures, resolution=resolution, batch=batch, augmentation=augmentation, seed=seed)
+        index = {name: i for i, name in enumerate(classes)}
+        self.labels = [index.get(name, len(classes)) for name in class_names(pictures, data)]
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        labels = [self.labels[self.crops.picture_of(step, i)] for i in range(self.crops.batch)]
+        return {"pixels": self.crops[step], "labels": torch.tensor(labels)}
+
+    def names(self, step: int) -> list[str]:
+        """Of the pictures of a step."""
+        return [self.crops.pictures.paths[self.crops.picture_of(step, i)].name for i in range(self.crops.batch)]
+
+    def of_class(self, label: int, step: int, num: int) -> list[Tensor]:
+        """`num` crops uint8 [3, R, R] of that class's pictures in turn, by the draws of `step`."""
+        own = [i for i, y in enumerate(self.labels) if y == label]
+        pictures = Pictures([self.crops.pictures.paths[i] for i in own[:num]], in_memory=False)
+        crops = CropBatches(
+            pictures, resolution=self.crops.resolution, batch=num, augmentation=self.crops.augmentation,
+            seed=self.crops.seed,
+        )  # fmt: skip
+        return list(crops[step])
+
+
+class CachedLatents(Dataset):
+    """Item `step`: what `LatentCache.get` returns for the samples of that step."""
+
+    def __init__(self, cache: LatentCache, *, batch: int, mirror: bool, seed: int) -> None:
+        self.cache, self.batch, self.mirror, self.seed = cache, batch, mirror, seed
+        self.order = EpochOrder(len(cache), batch=batch, seed=seed)
+
+    def items(self, step: int) -> list[int]:
+        return [self.order.index_of(step, i) for i in range(self.batch)]
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        mirrored = uniform(self.seed, step, 0, self.batch, 1, stream=STREAM_MIRROR)[:, 0] < (0.5 if self.mirror else 0)
+        return self.cache.get(self.items(step), mirrored.tolist())
+
+    def names(self, step: int) -> list[str]:
+        """Of the samples of a step."""
+        return [f"item {i}" for i in self.items(step)]
+
+
+def newest_autoencoder(out: Path) -> Path | None:
+    """The run of train.vae in `out` whose newest checkpoint is the newest of all, or None."""
+    found = []
+    for config in out.glob("*/checkpoints/step_*/config.json"):
+        try:
+            fields = json.loads(config.read_text())
+        except (OSError, ValueError):
+            continue
+        if fields.get("format") == FORMAT and "autoencoder" in fields:
+            found.append((config.stat().st_mtime, config.parent.parent.parent))
+    return max(found)[1] if found else None
+
+
+def find_autoencoder(path: str, out: Path) -> AutoEncoder | RAE:
+    """The autoencoder at `path`; without one the newest run of train.vae in `out`, which is made if there is none."""
+    if path:
+        return load_autoencoder(path)
+    run = newest_autoencoder(out)
+    if run is None:
+        from train import vae
+
+        print(f"no run of train.vae in {out}: training the autoencoder `photos` first", flush=True)
+        if code := vae.main(["--out", str(out)]):
+            raise ValueError(f"no autoencoder: training one ended with exit code {code}; or give --autoencoder")
+        run = newest_autoencoder(out)
+        assert run is not None
+    print(f"autoencoder: {run}")
+    return load_autoencoder(run)

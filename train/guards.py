@@ -1,0 +1,95 @@
+"""Updates that a broken loss cannot reach: an optimiser that skips where a term or a gradient is not a finite number.
+
+Whether to skip is decided on the device, so that a GPU does not wait; what broke is read when the log is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """One update that did not happen: its step, and the terms, else the parameters, that were not finite."""
+
+    step: int
+    broke: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {', '.join(self.broke)}"
+
+
+class GuardedOptimiser:
+    """Clips gradients and updates, unless a loss term or a gradient is NaN or infinite: then nothing changes.
+
+    A skipped update leaves weights, moments and step counts bit for bit as they were. `optimiser` is a fused one, which
+    reads on the device whether to skip, or any other, for which the host waits. named: the parameters it updates.
+    clip: largest norm of all gradients together.
+    """
+
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], optimiser: torch.optim.Optimizer, *, clip: float
+    ) -> None:
+        self.named, self.optimiser, self.clip = dict(named), optimiser, clip
+        self.in_a_row = self.skipped = self.last_step = 0  # as of the last `read`
+        self._window: list[tuple[int, list[str], Tensor, Tensor]] = []  # step, names, terms, norm of each gradient
+        self._fused = bool(optimiser.defaults.get("fused"))
+
+    @torch.no_grad()
+    def update(self, step: int, terms: Mapping[str, Tensor]) -> Tensor:
+        """One update from the gradients that lie in the parameters, which it then frees. Returns their norm, a scalar.
+
+        terms: scalars by name; a broken one skips the update and is named.
+        """
+        with_gradient = [p for p in self.named.values() if p.grad is not None]
+        gradients: list[Tensor] = [p.grad for p in with_gradient if p.grad is not None]
+        if not gradients:
+            raise ValueError(f"no gradient reached any of {len(self.named)} parameters: nothing is trained")
+        found = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+        norms = found
+        if len(gradients) < len(self.named):
+            places = [i for i, p in enumerate(self.named.values()) if p.grad is not None]
+            norms = found.new_zeros(len(self.named)).index_copy(0, torch.tensor(places, device=found.device), found)
+        norm = found.norm()
+        values = torch.stack([t.detach().float().reshape(()) for t in terms.values()])
+        broken = ~(torch.isfinite(values).all() & torch.isfinite(norm))
+        factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+        if self._fused:
+            self.optimiser.grad_scale, self.optimiser.found_inf = None, broken.float()  # type: ignore[attr-defined]
+            self.optimiser.step()
+        elif not broken.item():
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self._window.append((step, list(terms), values, norms))
+        return norm
+
+    def read(self) -> tuple[list[Skipped], list[str]]:
+        """(updates skipped since the last call, parameters whose gradient was zero at each update since then).
+
+        Waits for the device. `in_a_row` and `skipped` are then up to date.
+        """
+        skipped: list[Skipped] = []
+        dead = [True] * len(self.named)
+        for step, names, values, norms in self._window:
+            terms = [n for n, v in zip(names, values.tolist(), strict=True) if not abs(v) < float("inf")]
+            sizes = norms.tolist()
+            gradients = [n for n, v in zip(self.named, sizes, strict=True) if not abs(v) < float("inf")]
+            overflow = not terms and not gradients and not torch.isfinite(norms.norm())
+            if terms or gradients or overflow:
+                more = [f"{len(gradients) - 3} more gradients"] if len(gradients) > 3 else []
+                why = terms or [f"gradient of {n}" for n in gradients[:3]] + more or ["norm of all gradients"]
+                skipped.append(Skipped(step=step, broke=tuple(why)))
+                self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
+            else:
+                self.in_a_row = 0
+            dead = [d and v == 0 for d, v in zip(dead, sizes, strict=True)]
+        watched = bool(self._window)
+        if watched:
+            self.last_step = self._window[-1][0]
+        self._window = []
+        return skipped, [n for n, d in zip(self.named, dead, strict=True) if d and watched]

@@ -1,0 +1,342 @@
+"""What a run of train.vae is: its frozen config and the table of presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flux2.adversarial import AdversarialStart
+from flux2.autoencoder import AUTOENCODERS, AutoencoderConfig
+from flux2.losses import kl_weight_from_ldm
+from flux2.rae import RAES, RAEConfig
+from train.configs import RunOptions, parse
+from train.data import Augmentation
+from train.schedules import WeightSchedule
+
+PIXEL_TERMS = ("l1", "l2", "charbonnier", "laplacian", "lpips")  # of reconstruction; each has a field NAME_weight
+LATENT_TERMS = ("kl", "align", "vf")
+LEAST_SIDE = 32  # pixels that the perceptual networks and the patch discriminator need along a side
+
+
+@dataclass(frozen=True, kw_only=True)
+class GanConfig:
+    """The adversarial part. Weight 0: no discriminator at all."""
+
+    weight: float = 0.0
+    """Weight of the generator's loss; with --gan.adaptive, as a multiple of reconstruction's gradient."""
+    discriminator: Literal["patch", "vit"] = "patch"
+    """patch: PatchGAN of 70x70 pixels. vit: heads on a frozen vision transformer (RAE)."""
+    loss: Literal["hinge", "vanilla", "non-saturating"] = "hinge"
+    """Loss of both sides."""
+    adaptive: bool = True
+    """Scale so that the gradient at the decoder's last layer is as long as reconstruction's (VQGAN)."""
+    start: AdversarialStart = field(default_factory=AdversarialStart)
+    """When the discriminator begins to train, and the generator to hear of it."""
+    lr: float = 1e-4
+    """Peak learning rate of the discriminator; follows the same curve as --lr."""
+    betas: tuple[float, float] = (0.5, 0.9)
+    """AdamW moments of the discriminator."""
+    augment: float = 0.0
+    """Probability of each differentiable augmentation of what the discriminator sees."""
+    quantise: bool = False
+    """Show the discriminator reconstructions clamped and rounded to 8 bits, as the photographs are (RAE)."""
+    r1: float = 0.0
+    """Weight of the gradient penalty on photographs; per pixel count, see flux2.adversarial.r1_penalty."""
+    r1_every: int = 16
+    """Steps between gradient penalties, each weighted by as much."""
+    lecam: float = 0.0
+    """Weight of the LeCAM regulariser, for little data."""
+    norm: Literal["group", "batch"] = "group"
+    """Norm of the patch discriminator."""
+    width: int = 64
+    """Channels of the patch discriminator's first layer."""
+    n_layers: int = 3
+    """Layers of the patch discriminator that halve the sides."""
+    backbone: str = "dino-s/8"
+    """Frozen transformer of the vit discriminator; random-tiny for tests."""
+    backbone_weights: str = ""
+    """Local file of its weights, or "random" for tests; by default timm's cache or the net."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "augment", "r1", "lecam"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"gan.{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.lr <= 0 or self.r1_every < 1:
+            raise ValueError(f"gan: expected lr > 0 and r1_every >= 1, got {self.lr} and {self.r1_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeConfig:
+    """Everything that decides the weights a run ends with; saved with it and compared on resume."""
+
+    preset: str
+    """Row of the preset table the rest starts from."""
+    autoencoder: AutoencoderConfig
+    """Shape of the network."""
+    data: str = "photographs"
+    """"photographs" (bundled with scikit-image, no download) or a folder of jpg/png/webp, searched recursively."""
+    held_out: str = ""
+    """Folder of held-out pictures; by default coffee and chelsea, or each 20th picture of --data."""
+    init: str = ""
+    """Weights to start from: a run, a .safetensors file or a diffusers folder of this shape (fine-tuning)."""
+    train: Literal["all", "decoder", "encoder"] = "all"
+    """What is trained; the rest stays as it is. decoder keeps the latents, and their statistics, of --init."""
+    resolution: int = 64
+    """Side of the training crops, pixels."""
+    batch: int = 16
+    """Crops a step."""
+    accumulate: int = 1
+    """Parts a step's batch is worked through in, gradients added up: the same update in less memory."""
+    steps: int = 300
+    """Optimiser updates."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    linear_lr: float = 0.1
+    """Learning rate of the shortcut's linear part, as a multiple of --lr."""
+    warmup: int = 50
+    """Steps of linear warm-up, before the cosine."""
+    final_lr: float = 0.02
+    """Learning rate at the end of the cosine, as a multiple of --lr."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW moments."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    clip: float = 1.0
+    """Gradient norm is clipped to this."""
+    ema_decays: tuple[float, ...] = (0.99,)
+    """Decays of the averaged weights, a step; the first is what is judged and loaded."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast type (weights stay fp32); auto is bf16 where the processor or GPU computes in it, else fp32."""
+    seed: int = 0
+    """Decides weights, data order, augmentation and posterior noise."""
+    warm_start: Literal["pca", "none"] = "none"
+    """pca: the shortcut starts as the best linear code of the training crops (needs shortcut "patch")."""
+    sample_posterior: bool = True
+    """Decode a draw of the posterior while training, not its mode; for RAE, add noise to the latent."""
+    l1_weight: float = 1.0
+    """Weight of mean |error|."""
+    l2_weight: float = 0.0
+    """Weight of mean error squared."""
+    charbonnier_weight: float = 0.0
+    """Weight of the smoothed |error|."""
+    laplacian_weight: float = 0.0
+    """Weight of the Laplacian-pyramid loss: the perceptual term that needs no weights."""
+    lpips_weight: float = 0.0
+    """Weight of LPIPS; needs the backbone's weights."""
+    lpips_net: Literal["vgg", "alex"] = "vgg"
+    """Backbone of LPIPS."""
+    lpips_weights: str = ""
+    """Local file of that backbone's weights, or "random" for tests; by default torchvision's cache or the net."""
+    learn_logvar: bool = False
+    """Learn the scale of the reconstruction terms together, as LDM's logvar."""
+    kl_weight: float = 0.0
+    """Weight of the KL divergence, mean per latent element; flux2.losses.kl_weight_from_ldm converts LDM's."""
+    free_bits: float = 0.0
+    """Bits an element of each latent channel costs for nothing in the KL term."""
+    align_weight: float = 0.0
+    """Weight of the cosine alignment of the projected latent to the teacher's tokens (REPA)."""
+    vf_weight: float = 0.0
+    """Weight of VA-VAE's alignment, with margins; as a multiple of reconstruction's gradient if --vf-adaptive."""
+    vf_adaptive: bool = True
+    """Scale so that its gradient at the encoder's last layer is as long as reconstruction's (VA-VAE)."""
+    vf_margins: tuple[float, float] = (0.5, 0.25)
+    """Margins of its cosines and of its similarity matrix."""
+    teacher: str = "hog"
+    """Teacher of both alignments: hog (no weights), dinov2-b, dinov3-b, clip-b/16, siglip2-b/16, mae-b/16, ..."""
+    teacher_weights: str = ""
+    """Local file of the teacher's weights (of an RAE: its encoder's), or "random" for tests; else timm's cache."""
+    eq_probability: float = 0.0
+    """Share of steps that decode a scaled and turned latent against the picture changed alike (EQ-VAE)."""
+    eq_scales: tuple[float, ...] = (0.5, 0.75, 1.0)
+    """Scales it draws from."""
+    schedules: tuple[str, ...] = ()
+    """Factors on weights over the run: TERM=SHARE:FACTOR,... with TERM a loss, gan or eq."""
+    gan: GanConfig = field(default_factory=GanConfig)
+    """The adversarial part."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """How crops are drawn."""
+    workers: int = 0
+    """Processes that read crops ahead; the crops do not depend on it."""
+
+    def __post_init__(self) -> None:
+        multiple = self.autoencoder.multiple
+        if self.resolution % multiple or self.resolution <= 0:
+            raise ValueError(f"resolution: expected a positive multiple of {multiple}, got {self.resolution}")
+        for name in ("batch", "accumulate", "steps", "lr", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        weights = tuple(f"{t}_weight" for t in PIXEL_TERMS + LATENT_TERMS)
+        for name in ("warmup", "seed", "workers", "free_bits", *weights):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate: expected a divisor of batch={self.batch}, got {self.accumulate}")
+        if not self.ema_decays or not all(0 <= d < 1 for d in self.ema_decays):
+            raise ValueError(f"ema_decays: expected one or more numbers in [0, 1), got {self.ema_decays}")
+        if not any(self.weight(t) for t in PIXEL_TERMS):
+            raise ValueError(f"no reconstruction term: one of {', '.join(PIXEL_TERMS)} needs a weight above 0")
+        if not 0 <= self.eq_probability <= 1 or not all(0 < s <= 1 for s in self.eq_scales) or not self.eq_scales:
+            raise ValueError(
+                f"eq: expected a probability in [0, 1] and scales in (0, 1], got {self.eq_probability} and"
+                f" {self.eq_scales}"
+            )
+        smallest = self.resolution * (min(self.eq_scales) if self.eq_probability else 1.0)
+        if smallest < LEAST_SIDE and (self.lpips_weight or self.gan.weight):
+            raise ValueError(f"lpips and gan need sides of {LEAST_SIDE} pixels, the smallest here have {smallest:g}")
+        terms = (*PIXEL_TERMS, *LATENT_TERMS, "gan", "eq")
+        for schedule in map(WeightSchedule, self.schedules):
+            if schedule.term not in terms:
+                raise ValueError(f"schedule: expected a term of {', '.join(terms)}, got {schedule.term!r}")
+        self._check_shape()
+
+    def _check_shape(self) -> None:
+        """What only convolutional autoencoders have."""
+        if self.warm_start == "pca" and getattr(self.autoencoder, "shortcut", "") != "patch":
+            raise ValueError("warm_start: 'pca' needs --autoencoder.shortcut patch")
+        if self.warm_start == "pca" and self.init:
+            raise ValueError("warm_start: 'pca' and --init both decide the first weights")
+        if self.aligned and self.teacher == "hog" and self.autoencoder.multiple % 8:
+            raise ValueError(
+                f"teacher 'hog' needs latent positions of a multiple of 8 pixels, got {self.autoencoder.multiple}"
+            )
+        if self.train == "decoder" and (self.aligned or self.kl_weight):
+            raise ValueError("train 'decoder' leaves the latent as it is: kl, align and vf weights must be 0")
+
+    def weight(self, term: str) -> float:
+        """Weight of a pixel or latent term."""
+        return getattr(self, f"{term}_weight")
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the latent is aligned to a teacher."""
+        return bool(self.align_weight or self.vf_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaeTrainingConfig(VaeConfig):
+    """The same, of an autoencoder on a frozen representation."""
+
+    autoencoder: RAEConfig  # type: ignore[assignment]
+    """Frozen encoder, decoder and noise."""
+    train: Literal["decoder"] = "decoder"  # type: ignore[assignment]
+    """The encoder is frozen."""
+
+
+_NARROW = AutoencoderConfig(
+    z_channels=32,
+    ch=16,
+    decoder_ch=16,
+    ch_mult=(1, 2, 4, 8),
+    num_res_blocks=1,
+    num_groups=8,
+    latent_norm="batchnorm",
+    shortcut="patch",
+)
+_PHOTOS = VaeConfig(
+    preset="photos",
+    autoencoder=_NARROW,
+    augmentation=Augmentation(crop_scale=(0.7, 1.6), rotate=True, colour=0.2),
+    warm_start="pca",
+    laplacian_weight=1.0,
+    kl_weight=1e-6,
+    align_weight=0.002,
+)
+# The published recipes sum over pixels and use Adam; FACTS of each stand in docs/recipe.md.
+_LDM = VaeConfig(
+    preset="sd",
+    autoencoder=AUTOENCODERS["sd"],
+    augmentation=Augmentation(crop_scale=(1.0, 4.0)),
+    resolution=256,
+    batch=24,
+    accumulate=2,
+    steps=250_000,
+    lr=4.5e-6 * 24,
+    warmup=1000,
+    final_lr=1.0,
+    betas=(0.5, 0.9),
+    ema_decays=(0.9999, 0.999),
+    lpips_weight=1.0,
+    kl_weight=kl_weight_from_ldm(1e-6, z_channels=4, downsample=8),
+    gan=GanConfig(weight=0.5, norm="batch", lr=4.5e-6 * 24, start=AdversarialStart(step=50_001)),
+    workers=8,
+)
+_FLUX_2 = dataclasses.replace(
+    _LDM,
+    preset="flux.2",
+    autoencoder=AUTOENCODERS["flux.2"],
+    batch=32,
+    accumulate=2,
+    lr=1e-4,
+    kl_weight=kl_weight_from_ldm(1e-7, z_channels=32, downsample=8),
+    vf_weight=0.1,
+    teacher="dinov2-l",
+    gan=GanConfig(weight=0.5, start=AdversarialStart(when="plateau", step=20_000, warmup=1000, ramp=5000)),
+)
+_RAE = RaeTrainingConfig(
+    preset="rae",
+    autoencoder=RAES["rae"],
+    augmentation=Augmentation(crop_scale=(1.0, 1.5), flip=False),
+    resolution=256,
+    batch=512,
+    accumulate=16,
+    steps=40_000,  # 16 epochs of ImageNet
+    lr=2e-4,
+    warmup=2500,
+    final_lr=0.1,
+    betas=(0.9, 0.95),
+    clip=1e6,
+    ema_decays=(0.9978,),
+    lpips_weight=1.0,
+    gan=GanConfig(
+        weight=0.75, discriminator="vit", lr=2e-4, betas=(0.9, 0.95), augment=1.0, quantise=True,
+        start=AdversarialStart(step=15_000, warmup=5000),
+    ),
+    workers=8,
+)  # fmt: skip
+
+VAE_PRESETS: dict[str, VaeConfig] = {
+    "photos": _PHOTOS,
+    "photos-long": dataclasses.replace(_PHOTOS, preset="photos-long", steps=2500, warmup=100, ema_decays=(0.995,)),
+    "sd": _LDM,
+    "flux.1": dataclasses.replace(
+        _LDM, preset="flux.1", autoencoder=AUTOENCODERS["flux.1"],
+        kl_weight=kl_weight_from_ldm(1e-7, z_channels=16, downsample=8),
+    ),
+    "flux.2": _FLUX_2,
+    "flux.2-finetune": dataclasses.replace(
+        _FLUX_2, preset="flux.2-finetune", train="decoder", init="", steps=50_000, lr=2e-5,
+        kl_weight=0.0, vf_weight=0.0, teacher="hog", gan=GanConfig(),
+    ),
+    "va-vae": dataclasses.replace(
+        _LDM, preset="va-vae", autoencoder=AUTOENCODERS["va-vae"], batch=256, accumulate=8, steps=250_000, lr=1e-4,
+        kl_weight=kl_weight_from_ldm(1e-6, z_channels=32, downsample=16), vf_weight=0.1, teacher="dinov2-l",
+        gan=GanConfig(weight=0.5, norm="batch", start=AdversarialStart(step=5001)),
+    ),
+    "rae": _RAE,
+    "rae-tiny": dataclasses.replace(
+        _RAE, preset="rae-tiny", autoencoder=RAES["rae-tiny"], resolution=64, batch=16, accumulate=1, steps=300,
+        lr=1e-3, warmup=50, final_lr=0.02, ema_decays=(0.99,), lpips_weight=0.0, laplacian_weight=1.0,
+        gan=GanConfig(), workers=0, augmentation=_PHOTOS.augmentation,
+    ),
+}  # fmt: skip
+
+_DESCRIPTION = """Train an image autoencoder.
+
+  python -m train.vae --compile                       minutes on a laptop: bundled photographs, no download
+  python -m train.vae --preset flux.2 --data PICTURES --compile      the full-size recipe, for a GPU
+  python -m train.vae --preset flux.2-finetune --init ae.safetensors --data PICTURES      its decoder alone
+  python -m train.vae --name mine --data PICTURES --steps 5000 --resume auto      go on after an interruption
+
+Presets: photos, photos-long, sd, flux.1, flux.2, flux.2-finetune, va-vae, rae, rae-tiny. --preset NAME --help
+shows one's values.
+Writes OUT/NAME/: config.yaml, env.json, log.jsonl, checkpoints/, samples/, report.html.
+Ctrl-C or SIGTERM saves and leaves (exit code 130 or 143); a second Ctrl-C leaves at once.
+"""
+
+
+def parse_vae(argv: list[str]) -> tuple[VaeConfig, RunOptions]:
+    """Config and options from the command line, as `train.configs.parse`."""
+    return parse(
+        argv, VAE_PRESETS, options=RunOptions(), default="photos", prog="python -m train.vae", description=_DESCRIPTION
+    )
