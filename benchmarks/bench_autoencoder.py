@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flux2 import AutoEncoder
-from train.configs import VAE_PRESETS
+from train.vae_config import VAE_PRESETS
 
 FORMATS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 

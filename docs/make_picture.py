@@ -19,13 +19,13 @@ import torch
 import yaml
 
 from flux2 import load_autoencoder
-from flux2.checkpoints import save_json
 from flux2.images import error_image, to_array
 from flux2.metrics import psnr
-from train.configs import VAE_PRESETS
+from flux2.tensor_files import save_json
 from train.data import embedded_photographs
 from train.report import yardsticks
 from train.vae import fit_code, plain_crops, reconstruct_uint8
+from train.vae_config import VAE_PRESETS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

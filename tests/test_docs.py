@@ -25,7 +25,8 @@ def test_table_is_that_of_the_results(make_picture):
 
 @pytest.mark.parametrize("name", ["photos", "photos-long"])
 def test_results_are_of_the_presets_that_ship(name):
-    from train.configs import VAE_PRESETS, differences, to_dict
+    from train.configs import differences, to_dict
+    from train.vae_config import VAE_PRESETS
 
     saved = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     changed = differences(saved["config"], to_dict(VAE_PRESETS[name]))
