@@ -20,7 +20,7 @@ from train.flow_data import CachedLatents, LabelledCrops, find_autoencoder, newe
 from train.flow_report import write_flow_report
 from train.flow_trainer import BINS, FlowTrainer, validate
 from train.loop import choose_device, choose_precision
-from train.run import Run
+from train.run import Run, exit_code
 from train.sample import FLOW_FORMAT, decode_uint8, generate, grid_of
 from train.vae import usable_compiler
 
@@ -207,14 +207,7 @@ def train(config: FlowConfig, options: FlowOptions) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The program: exit code 0; 2 on bad input; 130 or 143 after an interruption that was saved."""
-    try:
-        return train(*parse_flow(sys.argv[1:] if argv is None else argv))
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was saved since the last checkpoint (continue with --resume auto)", file=sys.stderr)
-        return 130
+    return exit_code(lambda: train(*parse_flow(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

@@ -165,3 +165,15 @@ def _means(window: list[dict[str, Tensor]]) -> dict[str, float]:
     means = [c.where(torch.isfinite(c), float("nan")).nanmean() for c in columns]
     values = torch.stack(means).tolist() if means else []
     return {n: v for n, v in zip(names, values, strict=True) if v == v}
+
+
+def exit_code(program: Callable[[], int]) -> int:
+    """What `program` returns; 2, with one line on stderr, on bad input; 130 on a Ctrl-C that nothing handled."""
+    try:
+        return program()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was saved since the last checkpoint (continue with --resume auto)", file=sys.stderr)
+        return 130

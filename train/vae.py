@@ -30,7 +30,7 @@ from train.data import (
 )
 from train.loop import choose_device, choose_precision, cpp_compiler
 from train.report import write_report
-from train.run import Run
+from train.run import Run, exit_code
 from train.vae_config import VaeConfig, parse_vae
 from train.vae_trainer import VaeTrainer
 
@@ -175,15 +175,7 @@ def fit_latent_statistics_of(ae: AutoEncoder | RAE, dataset: CropBatches, config
 
 def main(argv: list[str] | None = None) -> int:
     """The program: exit code 0; 2 on bad input; 130 or 143 after an interruption that was saved."""
-    try:
-        config, run = parse_vae(sys.argv[1:] if argv is None else argv)
-        return train(config, run)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was saved since the last checkpoint (continue with --resume auto)", file=sys.stderr)
-        return 130
+    return exit_code(lambda: train(*parse_vae(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":
