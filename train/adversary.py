@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flux2.adversarial import (
+    ADAPTIVE_MAX,
     LeCAM,
     StartState,
     diagnose,
@@ -86,9 +87,13 @@ class Adversary:
             self.discriminator.train().requires_grad_(True)
 
     def judge(self, step: int, first: int, x: Tensor, recon: Tensor, share: float) -> dict[str, Tensor]:
-        """Adds `share` times the gradients of this part of the batch to the discriminator's; its terms, detached."""
+        """Adds `share` times the gradients of this part of the batch to the discriminator's; its terms, detached.
+
+        A loss that is not finite leaves the running statistics as they were: the autoencoder is judged with them.
+        """
         if self.gan.quantise:
             recon = (recon.clamp(-1, 1) * 127.5).round() / 127.5
+        before = [b.clone() for b in self.discriminator.buffers()]
         loss, real, fake = self._judge(x, recon, self._draws(step, first, len(x)))
         terms = {"d_loss": loss.detach(), **logit_statistics(real, fake)}
         if self.gan.lecam:
@@ -101,6 +106,9 @@ class Adversary:
             terms["r1"] = penalty.detach()
             loss = loss + self.gan.r1 * self.gan.r1_every * penalty
         (loss * share).backward()
+        sound = torch.isfinite(terms["d_loss"])
+        for buffer, old in zip(self.discriminator.buffers(), before, strict=True):
+            buffer.copy_(torch.where(sound, buffer, old))
         return terms
 
     def _draws(self, step: int, first: int, num: int) -> Tensor:
@@ -118,6 +126,7 @@ class Adversary:
             fake_accuracy=means["d_fake_accuracy"],
             weight=means.get("gan_weight"),
             gan_share=means.get("gan_share"),
+            max_weight=0.99 * self.gan.weight * ADAPTIVE_MAX,  # a mean of clamped weights, rounded
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:

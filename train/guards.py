@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+LEAST_UPDATES = 3  # without a gradient, before a parameter is called dead
+
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
@@ -71,6 +73,8 @@ class GuardedOptimiser:
     def read(self) -> tuple[list[Skipped], list[str]]:
         """(updates skipped since the last call, parameters whose gradient was zero at each update since then).
 
+        Biases are not listed: in front of a norm, or behind a hinge within its margin, they have none. Neither is
+        anything after fewer than LEAST_UPDATES: what follows a layer that starts from zero waits for that layer.
         Waits for the device. `in_a_row` and `skipped` are then up to date.
         """
         skipped: list[Skipped] = []
@@ -88,8 +92,9 @@ class GuardedOptimiser:
             else:
                 self.in_a_row = 0
             dead = [d and v == 0 for d, v in zip(dead, sizes, strict=True)]
-        watched = bool(self._window)
-        if watched:
+        watched = len(self._window) >= LEAST_UPDATES
+        if self._window:
             self.last_step = self._window[-1][0]
         self._window = []
-        return skipped, [n for n, d in zip(self.named, dead, strict=True) if d and watched]
+        listed = [n for n, d in zip(self.named, dead, strict=True) if d and not n.endswith("bias")]
+        return skipped, listed if watched else []

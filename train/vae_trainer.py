@@ -39,6 +39,7 @@ from train.loop import load_optimiser_tensors, optimiser_tensors, parameters_by_
 from train.schedules import WeightSchedule, cosine_lr
 from train.vae_config import VaeConfig
 
+DERIVED = ("loss", "recon", "gan_weight", "gan_share", "vf_weight")  # of the scalars that `step` returns
 PIXEL_LOSSES = {"l1": l1, "l2": l2, "charbonnier": charbonnier, "laplacian": laplacian_loss}
 
 
@@ -75,7 +76,8 @@ class VaeTrainer:
         self.schedules = [WeightSchedule(text) for text in config.schedules]
         self.trained = nn.ModuleList([self.ae, self.extra])
         self.optimiser = self._optimiser()
-        named = [(n, p) for n, p in self.trained.named_parameters() if p.requires_grad]
+        named = [*self.ae.named_parameters(), *self.extra.named_parameters()]
+        named = [(n, p) for n, p in named if p.requires_grad]
         self.guards = {"autoencoder": GuardedOptimiser(named, self.optimiser, clip=config.clip)}
         self.average()
         self.lr = 0.0
@@ -163,7 +165,8 @@ class VaeTrainer:
     def step(self, step: int, batch: Tensor) -> dict[str, Tensor]:
         """One update on uint8 [N, 3, R, R]: detached scalars by name.
 
-        Each term unweighted; "recon", the weighted sum of the pixel terms; "loss", that of all terms; "grad_norm".
+        Each term unweighted; "recon", the weighted sum of the pixel terms; "loss", that of all terms, with the learned
+        scale of recon; "grad_norm".
         """
         config = self.config
         x = from_uint8(batch.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
@@ -188,7 +191,8 @@ class VaeTrainer:
 
     def _update(self, step: int, terms: dict[str, Tensor], judged: list[dict[str, Tensor]], rate: float) -> None:
         """Both optimisers and the averages; adds what they say to `terms`."""
-        terms["grad_norm"] = self.guards["autoencoder"].update(step, terms)
+        watched = {n: t for n, t in terms.items() if n not in DERIVED}  # so that what broke is named, not what follows
+        terms["grad_norm"] = self.guards["autoencoder"].update(step, watched)
         if self.adversary is not None:
             self.adversary.start.observe(step, terms["recon"])
             if judged:
@@ -246,13 +250,14 @@ class VaeTrainer:
         with self.phase("pixel and perceptual terms"):
             found = self._pixels(leaf, target)
             loss = torch.stack([config.weight(n) * self.factor(n, step) * t for n, t in found.items()]).sum()
+            recon_loss = loss.detach()
             if self.logvar is not None:
                 loss = self.logvar(loss)
                 gradient, of_logvar = torch.autograd.grad(loss, (leaf, self.logvar.logvar))
                 _accumulate(self.logvar.logvar, of_logvar / config.accumulate)
             else:
                 (gradient,) = torch.autograd.grad(loss, leaf)
-        terms = {"loss": loss.detach(), "recon": loss.detach(), **{n: t.detach() for n, t in found.items()}}
+        terms = {"loss": loss.detach(), "recon": recon_loss, **{n: t.detach() for n, t in found.items()}}
         factor = 0.0
         if self.adversary is not None:
             factor = config.gan.weight * self.adversary.start.generator_factor(step) * self.factor("gan", step)

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from train.configs import VAE_PRESETS, RunOptions, differences, parse_vae, to_dict
+from train.configs import RunOptions, differences, to_dict
 from train.vae import main
+from train.vae_config import VAE_PRESETS, parse_vae
 
 
 def test_presets_are_rows_and_flags_go_over_them():
@@ -42,7 +43,7 @@ def test_unknown_key_names_the_nearest(capsys):
     [
         (["--resolution", "40"], "resolution: expected a positive multiple of 16, got 40"),
         (["--batch", "0"], "batch: expected more than 0, got 0"),
-        (["--ema-decay", "1"], r"ema_decay: expected a number in \[0, 1\), got 1"),
+        (["--ema-decays", "1"], r"ema_decays: expected one or more numbers in \[0, 1\), got \(1"),
         (["--autoencoder.shortcut", "none"], "warm_start: 'pca' needs"),
         (["--autoencoder.ch", "12"], "widths must be multiples of num_groups=8"),
         (["--name", "a/b"], "expected a plain folder name, got 'a/b'"),

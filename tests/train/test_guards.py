@@ -90,14 +90,21 @@ def test_gradients_that_stay_zero_are_named():
     model, _, guard = setup()
     unused = nn.Parameter(torch.ones(2))
     guard.named["unused"] = unused
-    for step in range(3):
-        loss = backward(model)
-        model[0].bias.grad.zero_()
-        if step == 1:
-            model[0].weight.grad.zero_()  # for one step: no reason to speak
-        guard.update(step, {"l1": loss})
-    assert guard.read() == ([], ["0.bias", "unused"])
+
+    def updates(num):
+        for step in range(num):
+            loss = backward(model)
+            model[0].weight.grad.zero_()
+            model[0].bias.grad.zero_()  # as in front of a norm: no reason to speak
+            if step == 1:
+                model[1].weight.grad.zero_()  # for one step: none either
+            guard.update(step, {"l1": loss})
+
+    updates(3)
+    assert guard.read() == ([], ["0.weight", "unused"])
     assert guard.read() == ([], [])  # nothing happened since
+    updates(2)
+    assert guard.read() == ([], [])  # too few to say
 
 
 def test_no_gradient_at_all_is_an_error():

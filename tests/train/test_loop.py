@@ -1,9 +1,8 @@
-"""Checkpoints, logs, schedules and folders of a run."""
+"""Checkpoints, logs and folders of a run."""
 
 import json
 import os
 import signal
-from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from train.loop import (
     Log,
     choose_device,
     choose_precision,
-    cosine_lr,
     latest_run_folder,
     load_optimiser_tensors,
     new_run_folder,
@@ -22,14 +20,6 @@ from train.loop import (
     parameters_by_rate,
     read_log,
 )
-
-
-def test_schedule_warms_up_and_ends_at_the_floor():
-    rates = [cosine_lr(s, steps=100, warmup=10, final=0.1) for s in range(101)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5) and rates[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in pairwise(rates[10:]))
-    assert cosine_lr(0, steps=10, warmup=0, final=0.1) == 1.0
 
 
 def test_checkpoints_keep_the_last_and_are_complete(tmp_path):

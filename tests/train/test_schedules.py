@@ -1,5 +1,7 @@
 """Plans over a run, at points worked out by hand."""
 
+from itertools import pairwise
+
 import pytest
 
 from train.schedules import WeightSchedule, cosine_lr
@@ -9,6 +11,8 @@ def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
     rate = [cosine_lr(s, steps=110, warmup=10, final=0.1) for s in range(111)]
     assert rate[0] == pytest.approx(0.1) and rate[9] == pytest.approx(1.0) and rate[10] == pytest.approx(1.0)
     assert rate[60] == pytest.approx(0.55) and rate[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(rate[10:]))
+    assert cosine_lr(0, steps=10, warmup=0, final=0.1) == 1.0
 
 
 def test_weights_are_linear_between_points_and_stay_outside():

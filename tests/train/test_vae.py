@@ -1,6 +1,5 @@
 """The program end to end at toy size: what it writes, exact resume, interruption, and its errors."""
 
-import dataclasses
 import json
 import os
 import re
@@ -15,20 +14,16 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from toy import TOY, assert_same_bits, run, saved
 
-from flux2 import AutoEncoder, load_autoencoder
+from flux2 import load_autoencoder
 from flux2.latents import patchify
-from flux2.losses import l1, laplacian_loss
-from flux2.tensor_files import load_tensors
 from train import vae
-from train.configs import VAE_PRESETS, parse_vae
 from train.data import CropBatches, embedded_photographs
-from train.estimate import step_cost
 from train.loop import Checkpoints, read_log
-from train.vae import VaeTrainer, check_finite, main
+from train.vae import main
+from train.vae_config import parse_vae
 
-TOY = ["--autoencoder.ch", "8", "--autoencoder.decoder-ch", "8", "--autoencoder.ch-mult", "1", "1", "1", "1"]
-TOY += ["--autoencoder.num-groups", "4", "--batch", "2", "--resolution", "32", "--precision", "fp32", "--warmup", "2"]
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -37,24 +32,6 @@ def small_fits(monkeypatch):
     """PCA and latent statistics on few pixels: the toy runs are about what happens, not how well."""
     monkeypatch.setattr(vae, "FITTED_PIXELS", 16 * 64 * 64)
     monkeypatch.setattr(vae, "HELD_OUT_CROPS", 16)
-
-
-def run(out, *flags):
-    return main([*TOY, "--out", str(out), *flags])
-
-
-def weights(folder):
-    step = Checkpoints(folder / "checkpoints", keep=9).steps()[-1]
-    return {
-        p.name: load_tensors(p)[0] for p in Checkpoints(folder / "checkpoints", keep=9).path(step).glob("*.safetensors")
-    }
-
-
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys() and {"model.safetensors", "ema.safetensors", "optimiser.safetensors"} <= a.keys()
-    for name in a:
-        assert a[name].keys() == b[name].keys()
-        assert all(torch.equal(v, b[name][k]) for k, v in a[name].items()), name
 
 
 def test_a_run_writes_everything(tmp_path, capsys):
@@ -114,7 +91,7 @@ def test_resume_is_bit_exact(tmp_path, workers):
     assert run(tmp_path, *flags, "--name", "halves", "--stop-after", "3") == 0
     assert Checkpoints(tmp_path / "halves" / "checkpoints", keep=9).steps()[-1] == 3
     assert run(tmp_path, *flags, "--name", "halves", "--resume", "auto") == 0
-    assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
+    assert_same_bits(saved(tmp_path / "whole"), saved(tmp_path / "halves"))
     steps = [r["step"] for r in read_log(tmp_path / "halves" / "log.jsonl") if "loss" in r]
     assert steps == sorted(set(steps)) and steps[-1] == 6
 
@@ -122,7 +99,7 @@ def test_resume_is_bit_exact(tmp_path, workers):
 def test_another_seed_is_another_run(tmp_path):
     run(tmp_path, "--steps", "2", "--name", "a", "--stop-after", "2")
     run(tmp_path, "--steps", "2", "--name", "b", "--seed", "1", "--stop-after", "2")
-    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    a, b = saved(tmp_path / "a"), saved(tmp_path / "b")
     assert not torch.equal(
         a["model.safetensors"]["encoder.mid.block_1.conv1.weight"],
         b["model.safetensors"]["encoder.mid.block_1.conv1.weight"],
@@ -209,56 +186,6 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert re.search(r"pictures/\d\.jpg", capsys.readouterr().err)
 
 
-def test_dry_run_counts_and_stops(tmp_path, capsys):
-    assert main(["--preset", "flux.2", "--dry-run", "--out", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert "84,046,115" in out and "resolution: 256" in out and not list(tmp_path.iterdir())
-    gflop = float(re.search(r"arithmetic +([\d.,]+) GFLOP a crop", out)[1].replace(",", ""))
-    auto = float(re.search(r"activations +([\d.]+) GiB", out)[1])
-    assert main(["--preset", "flux.2", "--dry-run", "--backend", "torch"]) == 0  # stock modules keep what they keep
-    assert auto < 0.45 * float(re.search(r"activations +([\d.]+) GiB", capsys.readouterr().out)[1])
-    # 0.62 TFLOP decode, less 5/9 of the convolutions behind upsampling, and 0.27 encode; backward is twice that
-    upsample = sum(2 * 9 * c * c * side * side for c, side in ((512, 64), (512, 128), (256, 256))) / 1e9
-    assert gflop == pytest.approx(3 * (620 - 5 / 9 * upsample + 270), rel=0.02)
-
-
-def test_losses_are_weighted_and_every_term_trains(tmp_path):
-    config = dataclasses.replace(parse_vae([*TOY])[0], l1_weight=2.0, kl_weight=0.5, align_weight=0.25)
-    trainer = VaeTrainer(config, torch.device("cpu"), compiled=False)
-    x = torch.rand(2, 3, 32, 32) * 2 - 1
-    terms = trainer.losses(x, trainer.teacher(x), trainer.noise(0, 2))
-    expected = 2 * terms["l1"] + terms["laplacian"] + 0.5 * terms["kl"] + 0.25 * terms["align"]
-    torch.testing.assert_close(terms["loss"], expected)
-    before = {k: v.clone() for k, v in trainer.trained.state_dict().items()}
-    batch = CropBatches(embedded_photographs()[0], resolution=32, batch=2, augmentation=config.augmentation, seed=0)[0]
-    for step in range(2):
-        trainer.step(step, batch)
-    still = [k for k, v in trainer.trained.state_dict().items() if torch.equal(v, before[k])]
-    assert all(".bn." in k for k in still), still
-
-
-def test_backends_train_alike(tmp_path):
-    """Three steps on fused operations, on the real kernels (interpreted without a GPU) and on stock modules"""
-    config = dataclasses.replace(parse_vae([*TOY])[0], precision="fp32")
-    batch = CropBatches(embedded_photographs()[0], resolution=32, batch=1, augmentation=config.augmentation, seed=0)[0]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    losses = {}
-    for backend in ("auto", "triton", "torch"):
-        trainer = VaeTrainer(config, device, compiled=False, backend=backend)
-        assert trainer.ema.model.decoder.backend == backend
-        losses[backend] = torch.stack([trainer.step(i, batch)["loss"] for i in range(3)])
-    torch.testing.assert_close(losses["auto"], losses["torch"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(losses["triton"], losses["torch"], rtol=1e-4, atol=1e-5)
-
-
-def test_posterior_noise_is_a_function_of_the_step():
-    trainer = VaeTrainer(parse_vae([*TOY])[0], torch.device("cpu"), compiled=False)
-    assert torch.equal(trainer.noise(3, 2), trainer.noise(3, 2)) and not torch.equal(
-        trainer.noise(3, 2), trainer.noise(4, 2)
-    )
-    assert torch.equal(trainer.noise(3, 4)[:2], trainer.noise(3, 2))
-
-
 def test_training_lowers_the_loss_from_random_weights(tmp_path):
     flags = [
         "--warm-start",
@@ -277,44 +204,7 @@ def test_training_lowers_the_loss_from_random_weights(tmp_path):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_non_finite_losses_are_named():
-    check_finite({"l1": 0.5, "kl": 2.0}, 3)
-    with pytest.raises(FloatingPointError, match="step 3: kl = nan; the checkpoints are of before"):
-        check_finite({"l1": 0.5, "kl": float("nan")}, 3)
-
-
 def test_compile_without_a_compiler_runs_eager(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vae, "cpp_compiler", lambda: None)
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler found"):
         assert run(tmp_path, "--compile", "--steps", "1", "--name", "x", "--stop-after", "1", "--device", "cpu") == 0
-
-
-def test_training_step_is_one_graph():
-    trainer = VaeTrainer(parse_vae([*TOY])[0], torch.device("cpu"), compiled=False)
-    x = torch.rand(2, 3, 32, 32) * 2 - 1
-    arguments = (x, trainer.teacher(x), trainer.noise(0, 2))
-    compiled = torch.compile(trainer.losses, fullgraph=True, dynamic=False, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), trainer.losses(*arguments))
-
-
-def test_default_preset_is_the_issue_of_minutes():
-    config = VAE_PRESETS["photos"]
-    assert (config.data, config.teacher, config.autoencoder.shortcut) == ("photographs", "hog", "patch")
-    assert min(config.l1_weight, config.laplacian_weight, config.kl_weight, config.align_weight) > 0
-
-
-def test_estimated_bytes_are_those_autograd_saves():
-    config = dataclasses.replace(parse_vae([*TOY])[0], precision="fp32")
-    parameters, flops, estimated = step_cost(config)
-    ae = AutoEncoder(config.autoencoder)
-    own = {p.data_ptr() for p in ae.parameters()}
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
-    ):
-        x = torch.rand(1, 3, 32, 32)
-        recon, posterior = ae(x, sample=True)
-        loss = l1(recon, x) + laplacian_loss(recon, x) + posterior.kl().mean()
-    measured = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
-    assert loss.requires_grad and parameters == sum(p.numel() for p in ae.parameters()) and flops > 0
-    assert estimated == pytest.approx(measured, rel=0.1)
