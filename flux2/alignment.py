@@ -10,10 +10,13 @@ from kernels import repa_loss
 
 
 class AlignmentHead(nn.Conv2d):
-    """Trainable 1x1 projection of the patchified latent onto teacher tokens: [N, C, h, w] -> [N, D, h, w]."""
+    """Trainable 1x1 projection of the patchified latent onto teacher tokens: [N, C, h, w] -> [N, D, h, w].
+
+    Without a bias, as VA-VAE's: the teacher's mean direction has to come out of the latent too.
+    """
 
     def __init__(self, latent_channels: int, teacher_channels: int) -> None:
-        super().__init__(latent_channels, teacher_channels, 1)
+        super().__init__(latent_channels, teacher_channels, 1, bias=False)
 
 
 def _check(pred: Tensor, target: Tensor) -> None:

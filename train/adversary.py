@@ -112,6 +112,8 @@ class Adversary:
         return terms
 
     def _draws(self, step: int, first: int, num: int) -> Tensor:
+        if not self.gan.augment:  # nobody reads them
+            return torch.empty(num, DIFFAUG_DRAWS, device=self.device)
         return uniform(self.config.seed, step, first, num, DIFFAUG_DRAWS, stream=STREAM_AUGMENT, device=self.device)
 
     def update(self, step: int, terms: Mapping[str, Tensor], rate: float) -> Tensor:
