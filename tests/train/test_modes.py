@@ -139,9 +139,12 @@ def test_an_rae_is_fine_tuned_with_the_encoder_of_its_file(tmp_path, monkeypatch
     changes = {"resolution": 32, "batch": 2, "init": str(tmp_path / "rae.safetensors"), "precision": "fp32"}
     config = dataclasses.replace(VAE_PRESETS["rae-tiny"], autoencoder=shape, **changes)
     given, build = [], RAE.__init__
-    monkeypatch.setattr(
-        RAE, "__init__", lambda self, *a, **k: given.append((*a, *k.values())[1]) or build(self, *a, **k)
-    )
+
+    def noted(self, cfg, encoder_weights, *rest):
+        given.append(encoder_weights)
+        build(self, cfg, encoder_weights, *rest)
+
+    monkeypatch.setattr(RAE, "__init__", noted)
     assert vae.train(config, RunOptions(out=tmp_path, name="x", stop_after=2)) == 0
     assert set(given) == {None}
     files = saved(tmp_path / "x")
