@@ -1,4 +1,4 @@
-"""Latents: 2x2 patchifying, and fitting the statistics that normalise them."""
+"""Latents: 2x2 patchifying, and fitting the statistics that normalise them, over all processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -32,17 +33,20 @@ def fit_latent_statistics(ae: AutoEncoder | RAE, batches: Iterable[Tensor]) -> i
     """Sets the autoencoder's latent statistics from the pixels in `batches` ([N, 3, H, W] each, in [-1, 1]).
 
     Mean and variance of the posterior's mode, in fp64 with Chan's merge: per patchified channel over all positions, or,
-    of an RAE, per channel and position over the pictures. Returns the number of images. ValueError if the autoencoder
-    has no fitted statistics, if an RAE's pictures are not of its resolution, or on too few batches.
+    of an RAE, per channel and position over the pictures. Where torch.distributed is initialised, every process calls
+    this with batches of its own, perhaps none, and all get the statistics of all batches, to the bit. Returns the
+    number of images, over all processes. ValueError if the autoencoder has no fitted statistics, if an RAE's pictures
+    are not of its resolution, or on too few batches.
     """
     if ae.cfg.latent_norm == "affine":
         raise ValueError(
             "this autoencoder's latents are normalised by constants (latent_norm='affine'): nothing to fit"
         )
-    shape = ae.latent_affine()[0].shape[1:]  # [C, 1, 1]; [C, h, w] where each position has its own
+    mean = ae.latent_affine()[0][0]
+    shape = mean.shape  # [C, 1, 1]; [C, h, w] where each position has its own
     per_position = shape[1:].numel() > 1
-    num_images, count = 0, 0
-    mean = m2 = torch.zeros(())
+    zeros = torch.zeros(shape.numel(), dtype=torch.float64, device=mean.device)
+    num_images, moments = 0, (0, zeros, zeros)
     for x in batches:
         z = patchify(ae.posterior(x).mode(), ae.cfg.patch).double()  # [N, C, h, w]
         if per_position:
@@ -50,17 +54,12 @@ def fit_latent_statistics(ae: AutoEncoder | RAE, batches: Iterable[Tensor]) -> i
             rows = z.flatten(1)  # [N, C h w]
         else:
             rows = z.transpose(0, 1).flatten(1).T  # [N h w, C]
-        n = len(rows)
         batch_mean = rows.mean(0)
-        batch_m2 = (rows - batch_mean).square().sum(0)
-        if count == 0:
-            mean, m2 = batch_mean, batch_m2
-        else:
-            delta = batch_mean - mean
-            mean = mean + delta * n / (count + n)
-            m2 = m2 + batch_m2 + delta.square() * count * n / (count + n)
-        count += n
+        moments = _merged(moments, (len(rows), batch_mean, (rows - batch_mean).square().sum(0)))
         num_images += len(x)
+    if dist.is_available() and dist.is_initialized():
+        num_images, moments = _of_all_processes(num_images, moments)
+    count, mean, m2 = moments
     if count < 2:
         raise ValueError(
             "latent statistics need at least two latent positions (of an RAE: pictures); got no batches or one"
@@ -79,3 +78,29 @@ def fit_latent_statistics(ae: AutoEncoder | RAE, batches: Iterable[Tensor]) -> i
         buffers["latent_mean"].copy_(mean)
         buffers["latent_std"].copy_(var.sqrt())
     return num_images
+
+
+Moments = tuple[int, Tensor, Tensor]  # number of rows; fp64 [K]: their mean, and sum of squared distances to it
+
+
+def _merged(a: Moments, b: Moments) -> Moments:
+    """Moments of the rows of both (Chan, Golub & LeVeque 1979)."""
+    (n, mean, m2), (k, other_mean, other_m2) = a, b
+    if not n or not k:
+        return a if n else b
+    delta = other_mean - mean
+    return n + k, mean + delta * k / (n + k), m2 + other_m2 + delta.square() * n * k / (n + k)
+
+
+def _of_all_processes(num_images: int, moments: Moments) -> tuple[int, Moments]:
+    """Both over all processes, merged by rank in each, so that all have the same bits."""
+    count, mean, m2 = moments
+    own = torch.cat((mean.new_tensor([num_images, count]), mean, m2))
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    total, moments = 0, (0, mean, m2)
+    for part in parts:
+        mean, m2 = part[2:].chunk(2)
+        total += int(part[0])
+        moments = _merged(moments, (int(part[1]), mean, m2))
+    return total, moments

@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from flux2.autoencoder import AutoEncoder
+from flux2.autoencoder import AUTOENCODERS, AutoEncoder
 from flux2.checkpoints import load_autoencoder
 from flux2.images import from_uint8, to_uint8
 from flux2.latents import fit_latent_statistics
@@ -74,7 +74,8 @@ def usable_compiler(device: torch.device) -> bool:
 def start_from(config: VaeConfig, trainer: VaeTrainer, crops: CropBatches) -> None:
     """The first weights of a new run: those of --init, a warm start, or as they were drawn. ValueError if unfit."""
     if config.init:
-        loaded = load_autoencoder(config.init)
+        same_tensors = [name for name in ("sd", "sdxl") if AUTOENCODERS[name] == config.autoencoder]
+        loaded = load_autoencoder(config.init, preset=same_tensors[0] if same_tensors else None)
         if changed := differences(to_dict(config.autoencoder), to_dict(loaded.cfg)):
             expected = "; ".join(line.replace("saved", "expected").replace("now", "got") for line in changed)
             raise ValueError(f"--init {config.init}: another shape than the preset's: {expected}")

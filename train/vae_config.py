@@ -16,7 +16,6 @@ from train.schedules import WeightSchedule
 
 PIXEL_TERMS = ("l1", "l2", "charbonnier", "laplacian", "lpips")  # of reconstruction; each has a field NAME_weight
 LATENT_TERMS = ("kl", "align", "vf")
-LEAST_SIDE = 32  # pixels that the perceptual networks and the patch discriminator need along a side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +63,11 @@ class GanConfig:
                 raise ValueError(f"gan.{name}: expected 0 or more, got {getattr(self, name)}")
         if self.lr <= 0 or self.r1_every < 1:
             raise ValueError(f"gan: expected lr > 0 and r1_every >= 1, got {self.lr} and {self.r1_every}")
+
+    @property
+    def least_side(self) -> int:
+        """Pixels along a side from which there is a logit."""
+        return 3 * 2**self.n_layers if self.discriminator == "patch" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +186,10 @@ class VaeConfig:
                 f" {self.eq_scales}"
             )
         smallest = self.resolution * (min(self.eq_scales) if self.eq_probability else 1.0)
-        if smallest < LEAST_SIDE and (self.lpips_weight or self.gan.weight):
-            raise ValueError(f"lpips and gan need sides of {LEAST_SIDE} pixels, the smallest here have {smallest:g}")
+        needs = (("laplacian", self.laplacian_weight, 16), ("lpips", self.lpips_weight, 32))
+        for name, weight, side in (*needs, ("gan", self.gan.weight, self.gan.least_side)):
+            if weight and smallest < side:
+                raise ValueError(f"{name} needs sides of {side} pixels, the smallest here have {smallest:g}")
         terms = (*PIXEL_TERMS, *LATENT_TERMS, "gan", "eq")
         for schedule in map(WeightSchedule, self.schedules):
             if schedule.term not in terms:
@@ -221,6 +227,14 @@ class RaeTrainingConfig(VaeConfig):
     """Frozen encoder, decoder and noise."""
     train: Literal["decoder"] = "decoder"  # type: ignore[assignment]
     """The encoder is frozen."""
+
+    def _check_shape(self) -> None:
+        super()._check_shape()
+        if self.resolution != self.autoencoder.resolution and not self.init:
+            raise ValueError(
+                f"resolution: the latent statistics are of --autoencoder.resolution {self.autoencoder.resolution},"
+                f" position by position, got {self.resolution}"
+            )
 
 
 _NARROW = AutoencoderConfig(

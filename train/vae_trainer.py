@@ -44,10 +44,10 @@ PIXEL_LOSSES = {"l1": l1, "l2": l2, "charbonnier": charbonnier, "laplacian": lap
 
 
 def build_autoencoder(config: VaeConfig, backend: str = "auto") -> AutoEncoder | RAE:
-    """The network of `config`, weights random but for an RAE's encoder."""
+    """The network of `config`, weights random but for an RAE's encoder where --init does not bring it."""
     if isinstance(config.autoencoder, AutoencoderConfig):
         return AutoEncoder(config.autoencoder, backend)
-    return RAE(config.autoencoder, config.teacher_weights, backend)
+    return RAE(config.autoencoder, None if config.init else config.teacher_weights, backend)
 
 
 class VaeTrainer:
