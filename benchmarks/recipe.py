@@ -54,7 +54,7 @@ PIXEL = ["--laplacian-weight", "0", "--align-weight", "0"]
 PERCEPTUAL = ["--align-weight", "0"]
 GAN = ["--gan.weight", "0.05", "--gan.width", "32", "--gan.augment", "1", "--gan.start.step", "200",
        "--gan.start.warmup", "100"]  # fmt: skip
-ALIGNED = ["--align-weight", "0.03"]
+ALIGNED = ["--align-weight", "0.1"]
 EQ = ["--eq-probability", "0.25", "--eq-scales", "0.5", "1"]
 ROWS: dict[str, list[str]] = {
     "pixel": PIXEL,

@@ -114,8 +114,9 @@ def adaptive_weight(
     """Weight that makes another loss's gradient as long as the reference's: fp32 scalar without gradient.
 
     |g_reference| / (|g_other| + eps), at most `max`, from norms (0-d tensors) at one layer, in LDM and RAE the
-    decoder's last (eps 1e-4 and 1e-6). 0 where the reference has no gradient. NaN where a norm is not finite, although
-    a clamp would give a number: the loss it multiplies then says so, and the step is not taken.
+    decoder's last (eps 1e-4 and 1e-6). LDM's maximum of 1e4 is of losses summed over pixels. 0 where the reference has
+    no gradient. NaN where a norm is not finite, although a clamp would give a number: the loss it multiplies then says
+    so, and the step is not taken.
     """
     reference, other = reference_norm.detach().float(), other_norm.detach().float()
     weight = (reference / (other + eps)).clamp(0.0, max)
@@ -209,15 +210,14 @@ class StartState:
 def logit_statistics(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     """D's logits of any shapes -> fp32 scalars without gradient, for the log: accuracies and means on real and fake.
 
-    Accuracy is the share of logits above 0 on real, below 0 on fake; a logit of 0 is right on neither.
+    Accuracy is the share of logits above 0 on real, below 0 on fake; a logit of 0 is right on neither. NaN where the
+    logits are not finite: a broken D is not one that guesses.
     """
     real, fake = real.detach().float(), fake.detach().float()
-    return {
-        "d_real_accuracy": (real > 0).float().mean(),
-        "d_fake_accuracy": (fake < 0).float().mean(),
-        "d_real_mean": real.mean(),
-        "d_fake_mean": fake.mean(),
-    }
+    means = {"d_real_mean": real.mean(), "d_fake_mean": fake.mean()}
+    right = {"d_real_accuracy": (real > 0).float().mean(), "d_fake_accuracy": (fake < 0).float().mean()}
+    sound = torch.isfinite(means["d_real_mean"]) & torch.isfinite(means["d_fake_mean"])
+    return {name: torch.where(sound, value, torch.nan) for name, value in right.items()} | means
 
 
 def diagnose(

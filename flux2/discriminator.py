@@ -7,7 +7,7 @@ Their norms are torch's own, not those of `kernels`: R1 differentiates twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -34,11 +34,12 @@ class PatchDiscriminator(nn.Module):
 
     n_layers convolutions of stride 2, then two of stride 1, all 4x4; widths `width` times 1, 2, 4, 8, 8, ... A logit
     sees 70x70 pixels with three layers. Weights start from N(0, 0.02). State-dict keys are those of LDM's
-    NLayerDiscriminator (`main.0.weight`), whose weights load where norm is "batch".
+    NLayerDiscriminator (`main.0.weight`), whose weights load where norm is "batch", running statistics left out.
 
     norm: "group" (the default) normalises each picture by itself. "batch" is LDM's: a logit then depends on the other
     pictures of its batch and on whether real and fake share one, the result changes with gradient accumulation and
-    with the number of GPUs (unless synchronised), and R1 is no sum over pictures. The statistics of either look at
+    with the number of GPUs (unless synchronised), and R1 is no sum over pictures. It uses the batch's own statistics in
+    eval too: LDM's never leaves train mode. The statistics of either look at
     more than one patch, group norm's at the whole picture: the field above is that of the convolutions.
     """
 
@@ -61,7 +62,8 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, n_layers + 1):
             stride, before, after = 2 if i < n_layers else 1, widths[i - 1], widths[i]
             layers.append(nn.Conv2d(before, after, 4, stride, padding=1, bias=False))  # the norm has a bias
-            layers.append(nn.BatchNorm2d(after) if norm == "batch" else nn.GroupNorm(math.gcd(32, after), after))
+            groups, batch = math.gcd(32, after), norm == "batch"
+            layers.append(nn.BatchNorm2d(after, track_running_stats=False) if batch else nn.GroupNorm(groups, after))
             layers.append(nn.LeakyReLU(SLOPE))
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
         for module in self.main:
@@ -69,6 +71,11 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
             elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
                 nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module's; LDM's running statistics are passed over: nobody reads them, here or there."""
+        unread = ("running_mean", "running_var", "num_batches_tracked")
+        return super().load_state_dict({k: v for k, v in state_dict.items() if not k.endswith(unread)}, strict, assign)
 
     def forward(self, x: Tensor) -> Tensor:
         """ValueError if the channels are not `in_channels` or a side is too short for one logit."""

@@ -91,7 +91,7 @@ def _load_backbone(network: Any, net: str, weights: str | Path) -> None:
         row = VGG16_Weights.IMAGENET1K_V1 if net == "vgg" else AlexNet_Weights.IMAGENET1K_V1
         source = row.url
         try:
-            state = row.get_state_dict(progress=False, check_hash=True)
+            state = row.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except Exception as error:  # whatever the net, the cache or the hash check raises
             raise FileNotFoundError(
                 f"LPIPS needs {row.url} ({type(error).__name__} while fetching it): give the file with --lpips-weights"

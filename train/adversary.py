@@ -21,6 +21,7 @@ from flux2.adversarial import (
 )
 from flux2.augment import DIFFAUG_DRAWS, DiffAug
 from flux2.discriminator import PatchDiscriminator, ViTDiscriminator, load_backbone
+from flux2.images import from_uint8, to_uint8
 from kernels.philox import uniform
 from train.data import STREAM_AUGMENT
 from train.guards import GuardedOptimiser
@@ -87,18 +88,13 @@ class Adversary:
             self.discriminator.train().requires_grad_(True)
 
     def judge(self, step: int, first: int, x: Tensor, recon: Tensor, share: float) -> dict[str, Tensor]:
-        """Adds `share` times the gradients of this part of the batch to the discriminator's; its terms, detached.
-
-        A loss that is not finite leaves the running statistics as they were: the autoencoder is judged with them.
-        """
+        """Adds `share` times the gradients of this part of the batch to the discriminator's; its terms, detached."""
         if self.gan.quantise:
-            recon = (recon.clamp(-1, 1) * 127.5).round() / 127.5
-        before = [b.clone() for b in self.discriminator.buffers()]
+            recon = from_uint8(to_uint8(recon))
         loss, real, fake = self._judge(x, recon, self._draws(step, first, len(x)))
         terms = {"d_loss": loss.detach(), **logit_statistics(real, fake)}
         if self.gan.lecam:
             penalty = self.lecam(real, fake)
-            self.lecam.update(real, fake)
             terms["lecam"] = penalty.detach()
             loss = loss + self.gan.lecam * penalty
         if self.gan.r1 and step % self.gan.r1_every == 0:
@@ -106,9 +102,6 @@ class Adversary:
             terms["r1"] = penalty.detach()
             loss = loss + self.gan.r1 * self.gan.r1_every * penalty
         (loss * share).backward()
-        sound = torch.isfinite(terms["d_loss"])
-        for buffer, old in zip(self.discriminator.buffers(), before, strict=True):
-            buffer.copy_(torch.where(sound, buffer, old))
         return terms
 
     def _draws(self, step: int, first: int, num: int) -> Tensor:
@@ -119,16 +112,22 @@ class Adversary:
     def update(self, step: int, terms: Mapping[str, Tensor], rate: float) -> Tensor:
         """One update from the gradients there are; `rate` multiplies the peak learning rate. Returns their norm."""
         self.optimiser.param_groups[0]["lr"] = self.gan.lr * rate
+        if self.gan.lecam:
+            self.lecam.update(terms["d_real_mean"], terms["d_fake_mean"])
         return self.guard.update(step, terms)
 
     def remark(self, means: Mapping[str, float]) -> str:
-        """How the game goes, in one line."""
+        """How the game goes, in one line; empty before it has begun."""
+        if self.start.started_at is None:
+            return ""
+        if "d_real_accuracy" not in means:  # means leave out what is not finite
+            return "GAN is broken (no finite value)" if means["step"] > self.start.started_at else ""
         return diagnose(
             real_accuracy=means["d_real_accuracy"],
             fake_accuracy=means["d_fake_accuracy"],
-            weight=means.get("gan_weight"),
+            weight=means.get("gan_adaptive"),
             gan_share=means.get("gan_share"),
-            max_weight=0.99 * self.gan.weight * ADAPTIVE_MAX,  # a mean of clamped weights, rounded
+            max_weight=0.99 * ADAPTIVE_MAX,  # a mean of clamped weights, rounded
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:

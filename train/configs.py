@@ -68,7 +68,7 @@ def parse(
     """
     import tyro
 
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=prog, usage=argparse.SUPPRESS)
     chosen.add_argument("--preset", default=default)
     preset = chosen.parse_known_args(argv)[0].preset
     if preset not in presets:
@@ -95,13 +95,15 @@ def describe(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """One line `key: saved A, now B` for each key in which two config dicts differ."""
+def differences(
+    saved: dict[str, Any], now: dict[str, Any], prefix: str = "", words: tuple[str, str] = ("saved", "now")
+) -> list[str]:
+    """One line `key: saved A, now B` for each key in which two config dicts differ; `words` in their places."""
     lines = []
     for key in sorted(saved.keys() | now.keys()):
         a, b = saved.get(key, "absent"), now.get(key, "absent")
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{prefix}{key}.")
+            lines += differences(a, b, f"{prefix}{key}.", words)
         elif a != b:
-            lines.append(f"{prefix}{key}: saved {a}, now {b}")
+            lines.append(f"{prefix}{key}: {words[0]} {a}, {words[1]} {b}")
     return lines

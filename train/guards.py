@@ -5,6 +5,7 @@ Whether to skip is decided on the device, so that a GPU does not wait; what brok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -37,8 +38,9 @@ class GuardedOptimiser:
         self, named: Iterable[tuple[str, nn.Parameter]], optimiser: torch.optim.Optimizer, *, clip: float
     ) -> None:
         self.named, self.optimiser, self.clip = dict(named), optimiser, clip
-        self.in_a_row = self.skipped = self.last_step = 0  # as of the last `read`
-        self._window: list[tuple[int, list[str], Tensor, Tensor]] = []  # step, names, terms, norm of each gradient
+        # as of the last `read`: skipped in a row at its end, most in a row since the read before, all, last step
+        self.in_a_row = self.longest = self.skipped = self.last_step = 0
+        self._window: list[tuple[int, list[str], Tensor, Tensor]] = []  # step, names, terms and norm, each gradient
         self._fused = bool(optimiser.defaults.get("fused"))
 
     @torch.no_grad()
@@ -57,8 +59,8 @@ class GuardedOptimiser:
             places = [i for i, p in enumerate(self.named.values()) if p.grad is not None]
             norms = found.new_zeros(len(self.named)).index_copy(0, torch.tensor(places, device=found.device), found)
         norm = found.norm()
-        values = torch.stack([t.detach().float().reshape(()) for t in terms.values()])
-        broken = ~(torch.isfinite(values).all() & torch.isfinite(norm))
+        values = torch.stack([*(t.detach().float().reshape(()) for t in terms.values()), norm])
+        broken = ~torch.isfinite(values).all()
         factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
         if self._fused:
@@ -75,20 +77,22 @@ class GuardedOptimiser:
 
         Biases are not listed: in front of a norm, or behind a hinge within its margin, they have none. Neither is
         anything after fewer than LEAST_UPDATES: what follows a layer that starts from zero waits for that layer.
-        Waits for the device. `in_a_row` and `skipped` are then up to date.
+        Waits for the device. The counts are then up to date.
         """
         skipped: list[Skipped] = []
+        self.longest = self.in_a_row
         dead = [True] * len(self.named)
         for step, names, values, norms in self._window:
-            terms = [n for n, v in zip(names, values.tolist(), strict=True) if not abs(v) < float("inf")]
+            *losses, norm = values.tolist()
+            terms = [n for n, v in zip(names, losses, strict=True) if not abs(v) < math.inf]
             sizes = norms.tolist()
-            gradients = [n for n, v in zip(self.named, sizes, strict=True) if not abs(v) < float("inf")]
-            overflow = not terms and not gradients and not torch.isfinite(norms.norm())
-            if terms or gradients or overflow:
+            gradients = [n for n, v in zip(self.named, sizes, strict=True) if not abs(v) < math.inf]
+            if terms or not norm < math.inf:
                 more = [f"{len(gradients) - 3} more gradients"] if len(gradients) > 3 else []
                 why = terms or [f"gradient of {n}" for n in gradients[:3]] + more or ["norm of all gradients"]
                 skipped.append(Skipped(step=step, broke=tuple(why)))
                 self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
+                self.longest = max(self.longest, self.in_a_row)
             else:
                 self.in_a_row = 0
             dead = [d and v == 0 for d, v in zip(dead, sizes, strict=True)]

@@ -106,7 +106,7 @@ class Run:
                 if done % LOG_EVERY == 0 or done == stop:
                     means, window = _means(window), []
                     self._watch(trainer, samples, batch, known_dead, save=lambda done=done: save(done))
-                    remarks = trainer.remarks(means)
+                    remarks = trainer.remarks({"step": step, **means})
                     progress.update(done, means, ", ".join(remarks.values()))
                     rate = {"lr": trainer.lr, "images_per_second": progress.images_per_second()}
                     memory = {"peak_memory_bytes": peak_memory_bytes(self.device)}
@@ -148,13 +148,14 @@ class Run:
                 shown = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
                 print(f"no gradient reaches parameters of the {name}: {shown}", file=sys.stderr, flush=True)
                 self.log.write({"step": guard.last_step + 1, "nimg": (guard.last_step + 1) * batch, "dead": new})
-            if skipped and guard.in_a_row >= self.options.patience:
+            if skipped and guard.longest >= self.options.patience:
                 save()
                 last = skipped[-1]
+                names = samples(last.step)
+                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
                 raise FloatingPointError(
-                    f"{guard.in_a_row} updates of the {name} in a row were skipped; {last}, samples"
-                    f" {', '.join(samples(last.step))}. The weights of before were saved; try a lower --lr or"
-                    " --precision fp32"
+                    f"{guard.longest} updates of the {name} in a row were skipped; {last}, samples {shown} (all in"
+                    f" {self.log.path}). The weights of before were saved; try a lower --lr or --precision fp32"
                 )
 
 

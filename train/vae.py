@@ -10,13 +10,13 @@ import warnings
 import torch
 from torch import Tensor
 
-from flux2.autoencoder import AUTOENCODERS, AutoEncoder
+from flux2.autoencoder import AUTOENCODERS, AutoEncoder, AutoencoderConfig
 from flux2.checkpoints import load_autoencoder
 from flux2.images import from_uint8, to_uint8
 from flux2.latents import fit_latent_statistics
 from flux2.linear_code import LinearCode, fit_context_decoder, fit_linear_code, warm_start
 from flux2.metrics import psnr
-from flux2.rae import RAE
+from flux2.rae import RAE, RAEConfig
 from kernels.dispatch import resolve
 from train.configs import RunOptions, describe, differences, to_dict
 from train.data import (
@@ -35,7 +35,8 @@ from train.vae_config import VaeConfig, parse_vae
 from train.vae_trainer import VaeTrainer
 
 HELD_OUT_CROPS, HELD_OUT_SIDE = 256, 64
-FITTED_PIXELS = 4096 * 64 * 64  # pixels that closed-form fits (PCA, latent statistics) look at, whatever the crop size
+FITTED_PIXELS = 4096 * 64 * 64  # that PCA, in closed form, looks at, whatever the crop size
+STATISTICS_CROPS = 1024  # that latent statistics are fitted on
 
 
 @torch.no_grad()
@@ -76,9 +77,8 @@ def start_from(config: VaeConfig, trainer: VaeTrainer, crops: CropBatches) -> No
     if config.init:
         same_tensors = [name for name in ("sd", "sdxl") if AUTOENCODERS[name] == config.autoencoder]
         loaded = load_autoencoder(config.init, preset=same_tensors[0] if same_tensors else None)
-        if changed := differences(to_dict(config.autoencoder), to_dict(loaded.cfg)):
-            expected = "; ".join(line.replace("saved", "expected").replace("now", "got") for line in changed)
-            raise ValueError(f"--init {config.init}: another shape than the preset's: {expected}")
+        if changed := differences(to_dict(config.autoencoder), to_dict(loaded.cfg), words=("expected", "got")):
+            raise ValueError(f"--init {config.init}: another shape than the preset's: {'; '.join(changed)}")
         trainer.ae.load_state_dict(loaded.state_dict())
         trainer.average()
     elif config.warm_start == "pca":
@@ -99,8 +99,8 @@ def train(config: VaeConfig, options: RunOptions) -> int:
 
         print(text + estimate(config, options.backend))
         return 0
-    if config.train == "decoder" and config.preset.endswith("-finetune") and not config.init:
-        raise ValueError(f"preset {config.preset} starts from a trained autoencoder: give it with --init")
+    if config.train == "decoder" and not config.init and isinstance(config.autoencoder, AutoencoderConfig):
+        raise ValueError("--train decoder keeps an encoder that is trained already: give it with --init")
     run = Run(options, preset=config.preset, config=to_dict(config))
     pictures, held_out = open_pictures(config.data, config.held_out)
     compiled = options.compile and usable_compiler(device)
@@ -116,12 +116,11 @@ def train(config: VaeConfig, options: RunOptions) -> int:
         trainer.load(run.saved)
     else:
         start_from(config, trainer, dataset)
+    crops = held_out_crops(held_out, num_crops=HELD_OUT_CROPS, resolution=_held_out_side(config))
     print(text + f"{len(pictures)} training pictures, {len(held_out)} held out; {device}, {config.precision}")
     run.open(text, device)
     parameters = sum(p.numel() for p in trainer.trained.parameters() if p.requires_grad)
     print(f"{parameters:,} parameters; " + ("compiling, then training" if compiled else "training"), flush=True)
-
-    crops = held_out_crops(held_out, num_crops=HELD_OUT_CROPS, resolution=_held_out_side(config))
 
     def evaluate(step: int) -> None:
         quality = {}
@@ -133,7 +132,7 @@ def train(config: VaeConfig, options: RunOptions) -> int:
 
     def save(step: int) -> None:
         for ema in trainer.emas:
-            fit_latent_statistics_of(ema.model, dataset, config)
+            fit_latent_statistics_of(ema.model, pictures, config)
         evaluate(step)
         plain = {"format": "flux2-tokenizer", "autoencoder": to_dict(config)["autoencoder"]}
         run.checkpoints.save(step, trainer.tensors(), {**plain, "train": to_dict(config), "step": step})
@@ -158,20 +157,23 @@ def train(config: VaeConfig, options: RunOptions) -> int:
 
 
 def _held_out_side(config: VaeConfig) -> int:
+    if isinstance(config.autoencoder, RAEConfig):  # a decoder of one grid of tokens
+        return config.autoencoder.resolution
     multiple = config.autoencoder.multiple
     return max(multiple, HELD_OUT_SIDE // multiple * multiple)
 
 
-def fit_latent_statistics_of(ae: AutoEncoder | RAE, dataset: CropBatches, config: VaeConfig) -> None:
-    """Fits the latent statistics, where the shape has them, on training crops of at most FITTED_PIXELS / 8 pixels.
+def fit_latent_statistics_of(ae: AutoEncoder | RAE, pictures: Pictures, config: VaeConfig) -> None:
+    """Fits the latent statistics, where the shape has them, on STATISTICS_CROPS training crops without augmentation.
 
     Those of a decoder trained behind a given encoder stay as they came: flow models were trained on them.
     """
     if ae.cfg.latent_norm == "affine" or (config.train == "decoder" and config.init):
         return
     device = next(ae.parameters()).device
-    x = training_pixels(dataset, max(2, FITTED_PIXELS // 8 // dataset.resolution**2))
-    fit_latent_statistics(ae, (part.to(device) for part in x.split(32)))
+    crops = plain_crops(config, pictures)
+    steps = range(2**31, 2**31 + -(-STATISTICS_CROPS // crops.batch))  # which training never reaches
+    fit_latent_statistics(ae, (from_uint8(crops[step].to(device)) for step in steps))
 
 
 def main(argv: list[str] | None = None) -> int:

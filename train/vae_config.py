@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +31,8 @@ class GanConfig:
     """Loss of both sides."""
     adaptive: bool = True
     """Scale so that the gradient at the decoder's last layer is as long as reconstruction's (VQGAN)."""
+    adaptive_eps: float = 1e-4
+    """Added to the discriminator's gradient norm there; LDM 1e-4, RAE 1e-6."""
     start: AdversarialStart = field(default_factory=AdversarialStart)
     """When the discriminator begins to train, and the generator to hear of it."""
     lr: float = 1e-4
@@ -58,11 +61,16 @@ class GanConfig:
     """Local file of its weights, or "random" for tests; by default timm's cache or the net."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "augment", "r1", "lecam"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"gan.{name}: expected 0 or more, got {getattr(self, name)}")
-        if self.lr <= 0 or self.r1_every < 1:
-            raise ValueError(f"gan: expected lr > 0 and r1_every >= 1, got {self.lr} and {self.r1_every}")
+        for name in ("weight", "r1", "lecam", "adaptive_eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"gan.{name}: expected a number of 0 or more, got {getattr(self, name)}")
+        for name, least in (("r1_every", 1), ("width", 1), ("n_layers", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"gan.{name}: expected {least} or more, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"gan.lr: expected more than 0, got {self.lr}")
+        if not 0 <= self.augment <= 1:
+            raise ValueError(f"gan.augment: expected a probability in [0, 1], got {self.augment}")
 
     @property
     def least_side(self) -> int:
@@ -115,7 +123,7 @@ class VaeConfig:
     seed: int = 0
     """Decides weights, data order, augmentation and posterior noise."""
     warm_start: Literal["pca", "none"] = "none"
-    """pca: the shortcut starts as the best linear code of the training crops (needs shortcut "patch")."""
+    """pca: the shortcut starts as the best linear code of the training crops (needs shortcut "patch"; --init wins)."""
     sample_posterior: bool = True
     """Decode a draw of the posterior while training, not its mode; for RAE, add noise to the latent."""
     l1_weight: float = 1.0
@@ -141,9 +149,10 @@ class VaeConfig:
     align_weight: float = 0.0
     """Weight of the cosine alignment of the projected latent to the teacher's tokens (REPA)."""
     vf_weight: float = 0.0
-    """Weight of VA-VAE's alignment, with margins; as a multiple of reconstruction's gradient if --vf-adaptive."""
+    """Weight of VA-VAE's alignment, with margins; as a share of the other gradient if --vf-adaptive."""
     vf_adaptive: bool = True
-    """Scale so that its gradient at the encoder's last layer is as long as reconstruction's (VA-VAE)."""
+    """Scale so that its gradient at the encoder's last layer is as long as that of everything that looks at the
+    picture. VA-VAE leaves out the adversary there, at the cost of a second backward pass."""
     vf_margins: tuple[float, float] = (0.5, 0.25)
     """Margins of its cosines and of its similarity matrix."""
     teacher: str = "hog"
@@ -170,8 +179,11 @@ class VaeConfig:
         for name in ("batch", "accumulate", "steps", "lr", "clip"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if bad := [n for n, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)]:
+            raise ValueError(f"{bad[0]}: expected a finite number, got {numbers[bad[0]]}")
         weights = tuple(f"{t}_weight" for t in PIXEL_TERMS + LATENT_TERMS)
-        for name in ("warmup", "seed", "workers", "free_bits", *weights):
+        for name in ("warmup", "seed", "workers", "free_bits", "linear_lr", "final_lr", "weight_decay", *weights):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.batch % self.accumulate:
@@ -194,20 +206,22 @@ class VaeConfig:
         for schedule in map(WeightSchedule, self.schedules):
             if schedule.term not in terms:
                 raise ValueError(f"schedule: expected a term of {', '.join(terms)}, got {schedule.term!r}")
+            fixed = {"gan": self.gan.weight, "eq": self.eq_probability}
+            if not (fixed[schedule.term] if schedule.term in fixed else self.weight(schedule.term)):
+                raise ValueError(f"schedule: {schedule.term} has weight 0, there is nothing to change over the run")
         self._check_shape()
 
     def _check_shape(self) -> None:
         """What only convolutional autoencoders have."""
         if self.warm_start == "pca" and getattr(self.autoencoder, "shortcut", "") != "patch":
             raise ValueError("warm_start: 'pca' needs --autoencoder.shortcut patch")
-        if self.warm_start == "pca" and self.init:
-            raise ValueError("warm_start: 'pca' and --init both decide the first weights")
         if self.aligned and self.teacher == "hog" and self.autoencoder.multiple % 8:
             raise ValueError(
                 f"teacher 'hog' needs latent positions of a multiple of 8 pixels, got {self.autoencoder.multiple}"
             )
-        if self.train == "decoder" and (self.aligned or self.kl_weight):
-            raise ValueError("train 'decoder' leaves the latent as it is: kl, align and vf weights must be 0")
+        if self.train == "decoder" and (on := [t for t in LATENT_TERMS if self.weight(t)]):
+            flags = ", ".join(f"--{t}-weight 0" for t in on)
+            raise ValueError(f"train 'decoder' leaves the latent as it is, so that it needs {flags}")
 
     def weight(self, term: str) -> float:
         """Weight of a pixel or latent term."""
@@ -256,7 +270,7 @@ _PHOTOS = VaeConfig(
     kl_weight=1e-6,
     align_weight=0.002,
 )
-# The published recipes sum over pixels and use Adam; FACTS of each stand in docs/recipe.md.
+# Loss terms and their weights are the published recipes'; docs/recipe.md says what differs.
 _LDM = VaeConfig(
     preset="sd",
     autoencoder=AUTOENCODERS["sd"],
@@ -301,9 +315,10 @@ _RAE = RaeTrainingConfig(
     betas=(0.9, 0.95),
     clip=1e6,
     ema_decays=(0.9978,),
+    l1_weight=0.5,  # RAE's is on pixels in [0, 1]
     lpips_weight=1.0,
     gan=GanConfig(
-        weight=0.75, discriminator="vit", lr=2e-4, betas=(0.9, 0.95), augment=1.0, quantise=True,
+        weight=0.75, adaptive_eps=1e-6, discriminator="vit", lr=2e-4, betas=(0.9, 0.95), augment=1.0, quantise=True,
         start=AdversarialStart(step=15_000, warmup=5000),
     ),
     workers=8,
@@ -330,8 +345,8 @@ VAE_PRESETS: dict[str, VaeConfig] = {
     "rae": _RAE,
     "rae-tiny": dataclasses.replace(
         _RAE, preset="rae-tiny", autoencoder=RAES["rae-tiny"], resolution=64, batch=16, accumulate=1, steps=300,
-        lr=1e-3, warmup=50, final_lr=0.02, ema_decays=(0.99,), lpips_weight=0.0, laplacian_weight=1.0,
-        gan=GanConfig(), workers=0, augmentation=_PHOTOS.augmentation,
+        lr=1e-3, warmup=50, final_lr=0.02, ema_decays=(0.99,), l1_weight=1.0, lpips_weight=0.0,
+        laplacian_weight=1.0, gan=GanConfig(), workers=0, augmentation=_PHOTOS.augmentation,
     ),
 }  # fmt: skip
 

@@ -39,7 +39,14 @@ from train.loop import load_optimiser_tensors, optimiser_tensors, parameters_by_
 from train.schedules import WeightSchedule, cosine_lr
 from train.vae_config import VaeConfig
 
-DERIVED = ("loss", "recon", "gan_weight", "gan_share", "vf_weight")  # of the scalars that `step` returns
+DERIVED = (
+    "loss",
+    "recon",
+    "gan_weight",
+    "gan_share",
+    "gan_adaptive",
+    "vf_weight",
+)  # of the scalars that `step` returns
 PIXEL_LOSSES = {"l1": l1, "l2": l2, "charbonnier": charbonnier, "laplacian": laplacian_loss}
 
 
@@ -83,8 +90,11 @@ class VaeTrainer:
         self.lr = 0.0
         # each phase that holds a network is a function of its own, without graph breaks where it is compiled
         wrap = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
+        if compiled:  # one graph a size of EQ-VAE's, and a few for gradients switched on and off
+            torch._dynamo.config.recompile_limit = max(8, 2 * (len(config.eq_scales) + 2))
         self._encode, self._decode = wrap(self.encode), wrap(self.decode)
         self._pixels, self._tokens = wrap(self.pixel_terms), wrap(self.tokens)
+        self._frozen_latent = wrap(self.frozen_latent)
         if config.gan.weight:
             self.adversary = Adversary(config, device, wrap)
             self.guards["discriminator"] = self.adversary.guard
@@ -115,6 +125,13 @@ class VaeTrainer:
         assert isinstance(self.ae, AutoEncoder)  # an RAE's encoder is frozen, and runs in its posterior
         with self.autocast():
             return self.ae.encode_with_features(x)
+
+    @torch.no_grad()
+    def frozen_latent(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and, of a convolutional autoencoder, log-variance of a latent whose encoder is not trained."""
+        with self.autocast():
+            posterior = self.ae.posterior(x)
+            return posterior.mean, posterior.logvar if isinstance(posterior, Posterior) else None
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with self.autocast():
@@ -216,8 +233,13 @@ class VaeTrainer:
             leaf = moments.detach().float().requires_grad_()
             posterior = Posterior(leaf)
         else:
-            with self.phase("encoder forward"), torch.no_grad(), self.autocast():
-                posterior = self.ae.posterior(x)
+            with self.phase("encoder forward"):
+                mean, posterior_logvar = self._frozen_latent(x)
+                posterior = (
+                    NoisedLatent(mean, 0.0)
+                    if posterior_logvar is None
+                    else Posterior(torch.cat((mean, posterior_logvar), 1))
+                )
         noise = self.noise(step, first, posterior.mean.shape)
         z = (posterior.mode() if noise is None else posterior.sample(noise)).float()
         entry = z.detach().requires_grad_(trains_encoder)
@@ -226,7 +248,7 @@ class VaeTrainer:
             sides = transform.sides(*z.shape[2:])
             f = config.autoencoder.downsample
             target = transform(x, (sides[0] * f, sides[1] * f)).contiguous(memory_format=torch.channels_last)
-            moved = transform(entry, sides)
+            moved = transform(entry, sides).contiguous(memory_format=torch.channels_last)
         with self.phase("decoder forward"):
             recon, last = self._decode(moved)
         gradient, terms = self.reconstruction_gradient(step, first, recon.detach(), target, last.detach())
@@ -267,10 +289,15 @@ class VaeTrainer:
             with self.phase("adaptive weight"):
                 own = self.ae.last_layer_grad_norm(features, gradient)
                 other = self.ae.last_layer_grad_norm(features, of_gan)
-            weight = factor * (adaptive_weight(own, other) if config.gan.adaptive else torch.ones_like(own))
+            adaptive = torch.ones_like(own)
+            if config.gan.adaptive:
+                adaptive = adaptive_weight(own, other, eps=config.gan.adaptive_eps)
+                terms["gan_adaptive"] = adaptive
+            weight = factor * adaptive
             gradient = gradient + weight * of_gan
             terms["loss"] = terms["loss"] + weight * fooled
-            terms |= {"gan": fooled, "gan_weight": weight, "gan_share": weight * other / own.clamp(min=1e-12)}
+            share = adaptive * config.gan.weight * other / own.clamp(min=1e-12)  # without ramp and schedule
+            terms |= {"gan": fooled, "gan_weight": weight, "gan_share": share}
         return gradient, terms
 
     def latent_gradient(
@@ -331,9 +358,8 @@ class VaeTrainer:
 
     def remarks(self, means: Mapping[str, float]) -> dict[str, str]:
         """How the adversarial game goes, once it has begun."""
-        if self.adversary is None or "d_real_accuracy" not in means:
-            return {}
-        return {"gan_diagnosis": self.adversary.remark(means)}
+        line = self.adversary.remark(means) if self.adversary is not None else ""
+        return {"gan_diagnosis": line} if line else {}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything a resumed run needs, by checkpoint file."""

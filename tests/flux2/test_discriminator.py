@@ -62,11 +62,24 @@ def test_parameters_and_keys_are_those_of_ldm():
     convolutions = sum(16 * c[IN] * c[OUT] + c[BIAS] * c[OUT] for c in LDM)
     norms = 2 * (128 + 256 + 512)
     assert sum(p.numel() for p in net.parameters()) == convolutions + norms == 2_765_633
-    norm_keys = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    norm_keys = ("weight", "bias")
     keys = ["main.0.weight", "main.0.bias", "main.2.weight", *[f"main.3.{k}" for k in norm_keys]]
     keys += ["main.5.weight", *[f"main.6.{k}" for k in norm_keys]]
     keys += ["main.8.weight", *[f"main.9.{k}" for k in norm_keys], "main.11.weight", "main.11.bias"]
     assert list(net.state_dict()) == keys
+    theirs = {k: torch.full_like(v, 0.5) for k, v in net.state_dict().items()}
+    net.load_state_dict(theirs | {"main.3.running_mean": torch.ones(128), "main.3.num_batches_tracked": torch.ones(())})
+    assert all((p == 0.5).all() for p in net.parameters())
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        net.load_state_dict(theirs | {"main.3.other": torch.ones(128)})
+
+
+def test_batch_norm_judges_in_eval_as_in_training_and_remembers_nothing():
+    """LDM's never leaves train mode; running statistics would also keep a NaN for good."""
+    net, x = PatchDiscriminator(norm="batch", width=8), torch.randn(3, 3, 32, 32)
+    logits = net(x)
+    net(torch.full_like(x, torch.nan))
+    assert torch.equal(net.eval()(x), logits) and not list(net.buffers())
 
 
 def test_initial_weights():
