@@ -106,7 +106,7 @@ class Adversary:
 
     def _draws(self, step: int, first: int, num: int) -> Tensor:
         if not self.gan.augment:  # nobody reads them
-            return torch.empty(num, DIFFAUG_DRAWS, device=self.device)
+            return torch.zeros(num, DIFFAUG_DRAWS, device=self.device)
         return uniform(self.config.seed, step, first, num, DIFFAUG_DRAWS, stream=STREAM_AUGMENT, device=self.device)
 
     def update(self, step: int, terms: Mapping[str, Tensor], rate: float) -> Tensor:
@@ -121,7 +121,7 @@ class Adversary:
         if self.start.started_at is None:
             return ""
         if "d_real_accuracy" not in means:  # means leave out what is not finite
-            return "GAN is broken (no finite value)" if means["step"] > self.start.started_at else ""
+            return "GAN is broken (no finite value)" if means.get("step", 0) > self.start.started_at else ""
         return diagnose(
             real_accuracy=means["d_real_accuracy"],
             fake_accuracy=means["d_fake_accuracy"],

@@ -48,10 +48,12 @@ def test_no_gradient_of_one_side_reaches_the_other(kind):
     buffers = {"group": (), "batch": ()}.get(kind, ("._u", "._v"))
     assert all(any(k.endswith(b) for k in moved) for b in buffers)
     assert not any(k.endswith((".training", ".q")) for k in moved)
-    game.update(0, {"d_loss": torch.zeros(())}, 1.0)
+    game.update(0, dict.fromkeys(("d_loss", "d_real_mean", "d_fake_mean"), torch.zeros(())), 1.0)
     assert changed(ours, trainer.trained) == set()
     still = {k for k, _ in game.discriminator.named_parameters()} - changed(before, game.discriminator)
-    assert still <= {"main.11.bias"}  # inside hinge's margin on both, it is pulled up and down alike
+    assert all(
+        k == "main.11.bias" or k.endswith(".out.bias") for k in still
+    )  # inside hinge's margin on both, it is pulled up and down alike
     if kind in ("vit", "all"):
         assert all(p.grad is None and not p.requires_grad for p in game.discriminator.backbone.parameters())
 
@@ -118,7 +120,7 @@ def test_the_discriminator_sees_detached_draws_of_the_posterior(transformed, mon
 
 
 def test_augmentation_is_a_function_of_seed_step_and_sample():
-    config = toy(**PATCH)
+    config = toy(**PATCH, gan_augment=1.0)
     game, other = trainer_of(config).adversary, trainer_of(dataclasses.replace(config, seed=1)).adversary
     draws = game._draws(3, 0, 4)
     assert torch.equal(draws, torch.cat([game._draws(3, 0, 2), game._draws(3, 2, 2)]))
@@ -158,7 +160,8 @@ def test_a_broken_reconstruction_reaches_no_statistic_of_the_discriminator():
         broken = x.clone()
         broken[0, 0, 0, 0] = torch.nan
         game.update(1, game.judge(1, 0, x, broken, 1.0), 1.0)
-        assert changed(before, game.discriminator) == set() and changed(anchors, game.lecam) == set()
+        moved = changed(before, game.discriminator)  # spectral norms iterate on weights, whatever the picture
+        assert all(k.endswith(("._u", "._v")) for k in moved) and changed(anchors, game.lecam) == set()
         (skipped,), _ = game.guard.read()
         assert skipped.step == 1 and "d_loss" in skipped.broke
         assert torch.isfinite(game.gradient(2, 0, x)[1]).all()
@@ -166,10 +169,11 @@ def test_a_broken_reconstruction_reaches_no_statistic_of_the_discriminator():
 
 def test_an_adaptive_weight_at_its_end_is_remarked_on():
     game = trainer_of(toy(**PATCH)).adversary
-    means = {"d_real_accuracy": 0.7, "d_fake_accuracy": 0.7, "gan_weight": 0.5 * ADAPTIVE_MAX, "gan_share": 0.3}
+    means = {"d_real_accuracy": 0.7, "d_fake_accuracy": 0.7, "gan_adaptive": ADAPTIVE_MAX, "gan_share": 0.3}
     assert "G is ignored" in game.remark(means)
-    assert game.remark({**means, "gan_weight": 3.0}) == "D is learning (70% of real, 70% of fake)"
+    assert game.remark({**means, "gan_adaptive": 3.0}) == "D is learning (70% of real, 70% of fake)"
     assert "D has won" in game.remark({"d_real_accuracy": 1.0, "d_fake_accuracy": 0.99})
+    assert game.remark({"step": 0}) == "" and game.remark({"step": 9}) == "GAN is broken (no finite value)"
 
 
 @pytest.mark.parametrize("kind", ["batch", "all"])
