@@ -83,6 +83,8 @@ def test_the_gradient_of_both_sides_is_their_loss_s():
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5, msg=name)
     for name, value in (("d_loss", hinge), ("lecam", lecam), ("r1", r1)):
         torch.testing.assert_close(terms[name], value.detach(), rtol=1e-4, atol=1e-6)
+    for anchor, old, mean in ((game.lecam.real_anchor, 2.0, real), (game.lecam.fake_anchor, -3.0, fake)):
+        torch.testing.assert_close(anchor, 0.99 * old + 0.01 * mean.mean().detach())
     assert "r1" not in game.judge(5, 0, x, recon, 0.5)
 
     loss, gradient = game.gradient(4, 0, recon)
@@ -142,11 +144,17 @@ def test_it_begins_when_told_and_the_generator_hears_later():
     assert weights == [None, None, 0.25, 0.5, 0.5]
 
 
-def test_it_begins_where_reconstruction_stops_falling():
+def test_it_begins_where_reconstruction_stops_falling(monkeypatch):
     start = AdversarialStart(when="plateau", window=2, threshold=0.99, step=5)
-    trainer = trainer_of(toy(**PATCH, gan_start=start))
-    began = [s for s in range(8) if "d_loss" in trainer.step(s, batch_of(trainer.config, s))]
-    assert began == [6, 7]  # the first window that ends after step 5
+    config = toy(**PATCH, gan_start=start, batch=4, accumulate=2, learn_logvar=True)
+    trainer, shown = trainer_of(config), []
+    observe = trainer.adversary.start.observe
+    monkeypatch.setattr(trainer.adversary.start, "observe", lambda s, v: shown.append((s, v)) or observe(s, v))
+    steps = [trainer.step(s, batch_of(config, s)) for s in range(8)]
+    assert [s for s, terms in enumerate(steps) if "d_loss" in terms] == [6, 7]  # the first window to end after step 5
+    assert shown == [(s, terms["recon"]) for s, terms in enumerate(steps)]  # of the whole batch
+    for terms in steps:
+        torch.testing.assert_close(terms["recon"], terms["l1"] + terms["laplacian"])
 
 
 def test_a_broken_reconstruction_reaches_no_statistic_of_the_discriminator():
