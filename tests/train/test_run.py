@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LPIPS with a random backbone")
 def small_fits(monkeypatch):
     monkeypatch.setattr(vae, "FITTED_PIXELS", 16 * 64 * 64)
     monkeypatch.setattr(vae, "HELD_OUT_CROPS", 4)
+    monkeypatch.setattr(vae, "STATISTICS_CROPS", 8)
 
 
 @pytest.fixture
@@ -114,7 +115,8 @@ def test_too_many_in_a_row_stop_the_run_with_the_weights_of_before(tmp_path, mon
     last = error.strip().splitlines()[-1]
     assert re.fullmatch(
         r"error: 5 updates of the autoencoder in a row were skipped; step 9: laplacian, samples \S+\.(png|jpg),"
-        r" \S+\.(png|jpg)\. The weights of before were saved; try a lower --lr or --precision fp32",
+        r" \S+\.(png|jpg) \(all in \S+log\.jsonl\)\. The weights of before were saved; try a lower --lr or"
+        r" --precision fp32",
         last,
     ), last
     assert "Traceback" not in error
@@ -123,6 +125,14 @@ def test_too_many_in_a_row_stop_the_run_with_the_weights_of_before(tmp_path, mon
     for name in ("model.safetensors", "optimiser.safetensors"):
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
     assert torch.isfinite(load_autoencoder(tmp_path / "x").decoder.conv_out.weight).all()
+
+
+def test_a_row_that_ended_before_the_log_was_written_stops_it_too(tmp_path, monkeypatch, at_step, capsys):
+    break_term(monkeypatch, "l1", float("nan"), lambda: at_step(3, 4, 5))
+    assert run(tmp_path, *QUIET, "--steps", "50", "--patience", "3", "--name", "x") == 2
+    assert "error: 3 updates of the autoencoder in a row were skipped; step 5: l1" in capsys.readouterr().err
+    assert Checkpoints(tmp_path / "x" / "checkpoints", keep=9).steps() == [10]
+    assert_finite(tmp_path / "x")
 
 
 def test_fewer_than_patience_in_a_row_do_not_stop_it(tmp_path, monkeypatch, at_step):

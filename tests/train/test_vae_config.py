@@ -104,6 +104,7 @@ def narrow_networks(monkeypatch):
     monkeypatch.setitem(BACKBONES, "dino-s/8", BACKBONES["random-tiny"])
     monkeypatch.setattr(vae, "FITTED_PIXELS", 64 * 64 * 64)
     monkeypatch.setattr(vae, "HELD_OUT_CROPS", 4)
+    monkeypatch.setattr(vae, "STATISTICS_CROPS", 8)
 
 
 def narrowed(config):

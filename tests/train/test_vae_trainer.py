@@ -165,13 +165,14 @@ def test_gradients_are_those_of_one_graph(changes, transform):
 
 
 def test_gan_share_compares_lengths_at_the_last_layer():
+    """As they will be once the ramp is over"""
     trainer = shifted(trainer_of(toy(**PICTURE, **GAN)))
     x = pixels_of(trainer.config)
     found = trainer.generate(STEP, 0, x, None, 1.0)[2]
     terms, layer = plain_terms(trainer, x), trainer.ae.decoder.conv_out.weight
     recon = sum(trainer.config.weight(n) * terms[n] for n in ("l1", "l2", "charbonnier", "laplacian", "lpips"))
     own, other = (torch.autograd.grad(t, layer, retain_graph=True)[0].norm() for t in (recon, terms["gan"]))
-    torch.testing.assert_close(found["gan_share"], 20.0 * other / own, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found["gan_share"], 40.0 * other / own, rtol=1e-4, atol=0)
     torch.testing.assert_close(found["recon"], recon.detach())
 
 
@@ -255,8 +256,9 @@ def test_draws_are_functions_of_seed_step_and_sample(preset):
 
 
 def test_schedules_change_the_loss_over_the_run():
-    config = toy(steps=10, schedules=("l1=0:1,0.5:3", "kl=0:0,0.5:1", "eq=0:0,1:0"), kl_weight=1.0, align_weight=0.0)
-    trainer = trainer_of(dataclasses.replace(config, eq_probability=1.0))
+    schedules = ("l1=0:1,0.5:3", "kl=0:0,0.5:1", "eq=0:0,1:0")
+    config = toy(steps=10, schedules=schedules, kl_weight=1.0, align_weight=0.0, eq_probability=1.0)
+    trainer = trainer_of(config)
     x = pixels_of(config)
     for step, l1, kl in ((0, 1, 0), (1, 1.4, 0.2), (5, 3, 1), (9, 3, 1)):
         terms = trainer.generate(step, 0, x, trainer.transform(step), 1.0)[2]
@@ -336,7 +338,7 @@ def tiny_vit(monkeypatch):
     monkeypatch.setitem(TEACHERS, "dinov2-s", row)
 
 
-@pytest.mark.parametrize("networks", ["hog and patch", "vit"])
+@pytest.mark.parametrize("networks", ["hog and patch", "vit", "decoder alone"])
 def test_compiled_phases_are_whole_graphs_and_equal_eager(networks, monkeypatch, tiny_vit):
     """Each phase under fullgraph=True, traced but not lowered; with a quarter turn, which is another memory layout"""
     torch._dynamo.reset()
@@ -346,6 +348,8 @@ def test_compiled_phases_are_whole_graphs_and_equal_eager(networks, monkeypatch,
         changes |= {"teacher": "dinov2-s", "teacher_weights": "random", "lpips_weight": 0.0, "eq_probability": 0.0}
         changes |= {"gan_discriminator": "vit", "gan_backbone": "random-tiny"}
         phases = {"tokens", "fool", "judge_logits"}
+    if networks == "decoder alone":
+        changes, phases = {**ONLY_DECODER, **PICTURE, **GAN}, {"frozen_latent"}
     config, plain_compile, asked = toy(**changes), torch.compile, []
 
     def traced(f, **options):
@@ -356,13 +360,13 @@ def test_compiled_phases_are_whole_graphs_and_equal_eager(networks, monkeypatch,
     eager = trainer_of(config)
     monkeypatch.setattr(torch, "compile", traced)
     compiled = trainer_of(config, compiled=True)
-    assert phases <= set(asked) and len(asked) == 6
+    assert phases <= set(asked) and len(asked) == 7
     turns = [t.turns if (t := eager.transform(s)) else 0 for s in range(4, 60)]
     for turn in {0, 1} if config.eq_probability else {0}:
         step = 4 + turns.index(turn)
         expected, got = (t.step(step, batch_of(config, step)) for t in (eager, compiled))
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
-        assert "gan" in got and "vf" in got
+        assert "gan" in got and ("vf" in got) == (networks != "decoder alone")
 
 
 def test_tensors_and_load_are_inverses():
@@ -375,7 +379,7 @@ def test_tensors_and_load_are_inverses():
         "model", "optimiser", "ema", "ema_0.5", "extra", "discriminator", "discriminator_optimiser",
         "discriminator_state",
     }  # fmt: skip
-    assert {"head.weight", "head.bias", "logvar.logvar"} == set(saved["extra"])
+    assert {"head.weight", "logvar.logvar"} == set(saved["extra"])
     second.config = config  # its seed
     second.adversary.config = config
     second.load(saved)
