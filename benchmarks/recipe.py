@@ -1,11 +1,10 @@
 """What each part of the recipe buys: the default preset with losses added one by one, on the bundled photographs.
 
-    python benchmarks/recipe.py                  # about 40 minutes on 2 CPU cores; goes on where it was stopped
+    python benchmarks/recipe.py                  # about 20 minutes on 2 CPU cores; goes on where it was stopped
     python benchmarks/recipe.py --steps 20       # the same in small, to see that it runs
     python benchmarks/recipe.py --docs           # the tables of docs/recipe.md from benchmarks/results/recipe.json
 
-Each row is one run of `python -m train.vae`, kept under --out: 1200 steps of 8 crops, since a latent takes longer to
-learn what a teacher says than pixels, and the flags that ROWS shows. Of its averaged weights:
+Each row is one run of `python -m train.vae`, kept under --out, with the flags that ROWS shows. Of its averaged weights:
 PSNR and SSIM on the 256 held-out crops; R^2 of a linear probe from one latent position to the teacher's tokens (HOG),
 fitted on training crops and judged on the held-out ones; the slope of the raw latent's spectrum on held-out crops of
 256 pixels. Then one step of the whole recipe is timed phase by phase, and docs/recipe.png drawn: curves of all rows,
@@ -49,12 +48,11 @@ PAGE = ROOT / "docs" / "recipe.md"
 PROBE_CROPS = 1024  # training crops that the probe is fitted on
 SPECTRUM_SIDE, SPECTRUM_CROPS = 256, 32
 
-LENGTH = ["--batch", "8", "--warmup", "100"]
 PIXEL = ["--laplacian-weight", "0", "--align-weight", "0"]
 PERCEPTUAL = ["--align-weight", "0"]
-GAN = ["--gan.weight", "0.05", "--gan.width", "32", "--gan.augment", "1", "--gan.start.step", "200",
-       "--gan.start.warmup", "100"]  # fmt: skip
-ALIGNED = ["--align-weight", "0.1"]
+GAN = ["--gan.weight", "0.05", "--gan.width", "32", "--gan.augment", "1", "--gan.start.step", "50",
+       "--gan.start.warmup", "50"]  # fmt: skip
+ALIGNED = ["--align-weight", "0.05"]
 EQ = ["--eq-probability", "0.25", "--eq-scales", "0.5", "1"]
 ROWS: dict[str, list[str]] = {
     "pixel": PIXEL,
@@ -68,7 +66,7 @@ ROWS: dict[str, list[str]] = {
 def run_row(label: str, flags: list[str], out: Path, steps: int) -> Path:
     """Trains a row unless it is there, showing its progress. Returns the run's folder."""
     name = re.sub(r"\W+", "-", label).strip("-").lower()
-    command = [sys.executable, "-m", "train.vae", *flags, *LENGTH, "--steps", str(steps)]
+    command = [sys.executable, "-m", "train.vae", *flags, "--steps", str(steps)]
     command += ["--out", str(out), "--name", name]
     print(f"\n{label}: {' '.join(command[1:])}", flush=True)
     finished = subprocess.run([*command, "--resume", "auto"], cwd=ROOT).returncode
@@ -127,7 +125,7 @@ class Stopwatch:
 def time_phases(flags: list[str], *, steps: int, warmup: int = 2) -> dict[str, Any]:
     """Milliseconds of each phase of one step, medians over `steps`, and the most memory held."""
     device = choose_device("auto")
-    config, _ = parse_vae([*flags, *LENGTH, "--gan.start.step", "0", "--gan.start.warmup", "0"])
+    config, _ = parse_vae([*flags, "--gan.start.step", "0", "--gan.start.warmup", "0"])
     trainer = VaeTrainer(config, device, compiled=False)
     batches = CropBatches(
         embedded_photographs()[0], resolution=config.resolution, batch=config.batch,
@@ -168,7 +166,7 @@ def phases_table(results: dict[str, Any]) -> str:
     lines = ["| phase | ms | share |", "|---|---|---|"]
     for name, ms in sorted(phases.items(), key=lambda item: -item[1]):
         lines.append(f"| {name} | {ms:.0f} | {ms / total:.0%} |")
-    return "\n".join([*lines, f"| a step of 8 crops | {total:.0f} | |"]) + "\n"
+    return "\n".join([*lines, f"| a step of 16 crops | {total:.0f} | |"]) + "\n"
 
 
 @torch.no_grad()
@@ -235,7 +233,7 @@ def write_docs() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "recipe", help="folder of the runs")
-    parser.add_argument("--steps", type=int, default=1200, help="updates a row; the committed figures have 1200")
+    parser.add_argument("--steps", type=int, default=300, help="updates a row; the committed figures have 300")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the figures go")
     parser.add_argument("--docs", action="store_true", help="write the tables of docs/recipe.md and stop")
     args = parser.parse_args()
