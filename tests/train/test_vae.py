@@ -98,8 +98,8 @@ def test_resume_is_bit_exact(tmp_path, workers):
 
 
 def test_another_seed_is_another_run(tmp_path):
-    run(tmp_path, "--steps", "2", "--name", "a", "--stop-after", "2")
-    run(tmp_path, "--steps", "2", "--name", "b", "--seed", "1", "--stop-after", "2")
+    run(tmp_path, "--steps", "3", "--name", "a", "--stop-after", "2")
+    run(tmp_path, "--steps", "3", "--name", "b", "--seed", "1", "--stop-after", "2")
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b")
     assert not torch.equal(
         a["model.safetensors"]["encoder.mid.block_1.conv1.weight"],
@@ -115,7 +115,7 @@ def test_resume_refuses_another_config_key_by_key(tmp_path, capsys):
 
 
 def test_resume_of_nothing_starts_and_names_are_not_taken_twice(tmp_path, capsys):
-    assert run(tmp_path, "--steps", "1", "--resume", "auto", "--name", "x", "--stop-after", "1") == 0
+    assert run(tmp_path, "--steps", "2", "--resume", "auto", "--name", "x", "--stop-after", "1") == 0
     assert run(tmp_path, "--steps", "1", "--name", "x") == 2
     assert "exists: choose another --name" in capsys.readouterr().err
     assert run(tmp_path, "--steps", "2", "--stop-after", "1") == 0
@@ -209,4 +209,4 @@ def test_training_lowers_the_loss_from_random_weights(tmp_path):
 def test_compile_without_a_compiler_runs_eager(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vae, "cpp_compiler", lambda: None)
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler found"):
-        assert run(tmp_path, "--compile", "--steps", "1", "--name", "x", "--stop-after", "1", "--device", "cpu") == 0
+        assert run(tmp_path, "--compile", "--steps", "2", "--name", "x", "--stop-after", "1", "--device", "cpu") == 0
