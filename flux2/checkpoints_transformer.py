@@ -32,6 +32,7 @@ from flux2.transformer import TRANSFORMERS, RepaProjector, SiT, TransformerConfi
 from flux2.transformer_blocks import rotary_positions, sincos_positions, time_frequencies
 
 METADATA_KEY = "flux2_transformer"
+DIT_STEPS = 1000.0  # of DiT's diffusion
 REVERSED = {"sit": True, "lightningdit": True, "repa": False, "rae": False, "dit": False}  # time and sign, a convention
 PROJECTOR = "projectors.0."
 ROTARY = ("feat_rope.", "enc_feat_rope.", "dec_feat_rope.")  # tables in a file: LightningDiT's; RAE's trunk and head
@@ -128,6 +129,8 @@ def from_published(tensors: Mapping[str, Tensor], convention: str | None) -> tup
     given = {k: v.float() for k, v in _plain_names(tensors).items() if not k.startswith("projectors.")}
     try:
         cfg = _infer(given)
+        if convention == "dit":
+            cfg = dataclasses.replace(cfg, time_scale=DIT_STEPS - 1)  # its times are 0 to 999
         weight = given["x_embedder.proj.weight"]
         fields = {
             "config": dataclasses.asdict(cfg),

@@ -79,18 +79,20 @@ def euler_maruyama(
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """As `euler`, of the stochastic equation with the same marginals; the last step adds no noise.
+    """As `euler`, of the stochastic equation with the same marginals; the last step is Euler's.
 
-    The noise of a step is drawn from `generator`, on z's device, or from torch's own where none is given. Official
-    recipes let the last step start at t = 0.04, which `ts` decides here.
+    The noise of a step is drawn from `generator`, on z's device, or from torch's own where none is given. SiT and REPA
+    drop only the noise of the last step, which then overshoots the data by the noise of the time it starts at; they
+    let it start at t = 0.04. A shifted grid's last time is several times that.
     """
     z, times = _checked("euler_maruyama", z, ts)
     for i, (t, s) in enumerate(pairwise(times), 1):
         v = _at(velocity, z, t)
-        z = z + (s - t) * (v + (1 - t) * v + z)  # v - w s / 2
-        if i < len(times) - 1:
+        if i == len(times) - 1:
+            z = z + (s - t) * v
+        else:
             noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-            z = z + (2 * t * (t - s)) ** 0.5 * noise
+            z = z + (s - t) * (v + (1 - t) * v + z) + (2 * t * (t - s)) ** 0.5 * noise  # drift: v - w score / 2
         if callback:
             callback(i, s, z)
     return z

@@ -156,14 +156,21 @@ def make_cache(config: CacheConfig) -> int:
     return 0
 
 
+def hash_of_pictures(pictures: Pictures, data: str) -> str:
+    """SHA-256 of the names below `data`, sizes and times of change of these files, in order."""
+    files = hashlib.sha256()
+    for path in pictures.paths:
+        name = path.relative_to(data).as_posix() if path.is_relative_to(data) else path.name
+        status = path.stat()
+        changed = status.st_mtime_ns if path.is_relative_to(data) else 0  # those of a wheel are its version's
+        files.update(f"{name} {status.st_size} {changed}\n".encode())
+    return files.hexdigest()
+
+
 def _content(
     config: CacheConfig, ae: AutoEncoder | RAE, teacher: nn.Module | None, pictures: Pictures
 ) -> dict[str, Any]:
     """All that the shards are a function of."""
-    files = hashlib.sha256()
-    for path in pictures.paths:
-        name = path.relative_to(config.data).as_posix() if path.is_relative_to(config.data) else path.name
-        files.update(f"{name} {path.stat().st_size}\n".encode())
     preprocessing = {"resolution": config.resolution, "crops_per_picture": config.crops, "flip": config.flip}
     if config.crops > 1:
         preprocessing |= {"crop_scale": list(config.crop_scale), "seed": config.seed}
@@ -174,7 +181,7 @@ def _content(
         "autoencoder_config": json.loads(json.dumps(asdict(ae.cfg))),
         "teacher": config.teacher,
         "teacher_weights": fingerprint(teacher) if teacher else "none",
-        "pictures": files.hexdigest(),
+        "pictures": hash_of_pictures(pictures, config.data),
         "dtype": config.dtype,
         "preprocessing": preprocessing,
     }
@@ -288,6 +295,11 @@ class LatentCache:
         return self.manifest["content"]["preprocessing"]["flip"]
 
     @property
+    def has_logvar(self) -> bool:
+        """Whether the posterior can be drawn from."""
+        return "logvar" in self._shard(0).keys()  # noqa: SIM118
+
+    @property
     def crop_scale(self) -> tuple[float, float] | None:
         """Source pixels per pixel of its random crops; None where it holds centre squares."""
         scale = self.manifest["content"]["preprocessing"].get("crop_scale")
@@ -303,6 +315,26 @@ class LatentCache:
         if content["teacher"] != teacher:
             raise ValueError(f"{self.folder}: expected tokens of {teacher} for --repa, got {content['teacher']}")
         return self._shard(0).get_slice("tokens").get_shape()[2]
+
+    def check_pictures(self, pictures: Pictures, data: str) -> None:
+        """ValueError unless it was made of exactly these training pictures of `data`."""
+        if self.manifest["content"]["pictures"] != hash_of_pictures(pictures, data):
+            raise ValueError(
+                f"{self.folder} is of other pictures than the {len(pictures)} that --data {data} and --held-out"
+                " leave for training, or they changed since"
+            )
+
+    def check_teacher(self, teacher: nn.Module) -> None:
+        """ValueError unless its tokens are of a teacher with these weights."""
+        if self.manifest["content"]["teacher_weights"] != fingerprint(teacher):
+            raise ValueError(f"{self.folder}: its tokens are of a teacher with other weights than --repa-weights")
+
+    def __getstate__(self) -> dict[str, Any]:  # open files do not travel to worker processes
+        return {k: v for k, v in self.__dict__.items() if k != "_shard"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._shard = lru_cache(maxsize=None)(self._open)
 
     def _open(self, index: int):
         row = self.manifest["shards"][index]

@@ -12,14 +12,15 @@ from torch import Tensor
 from flux2.checkpoints import load_autoencoder, save_autoencoder
 from flux2.images import save_png
 from flux2.samplers import classifier_free
+from flux2.teachers import build_teacher
 from train.cache import CacheConfig, LatentCache, make_cache
 from train.configs import describe, to_dict
 from train.data import Augmentation, Pictures, batches, class_names, open_pictures
 from train.flow_config import FlowConfig, FlowOptions, parse_flow, sampling_shift
 from train.flow_data import CachedLatents, LabelledCrops, find_autoencoder, newest_autoencoder
-from train.flow_report import write_flow_report
+from train.flow_report import make_law, plot_bins, plot_losses, write_flow_report
 from train.flow_trainer import BINS, FlowTrainer, validate
-from train.loop import choose_device, choose_precision
+from train.loop import choose_device, choose_precision, read_log
 from train.run import Run, exit_code
 from train.sample import FLOW_FORMAT, decode_uint8, generate, grid_of
 from train.vae import usable_compiler
@@ -46,13 +47,18 @@ class FlowRun:
         self.classes = sorted(set(class_names(self.pictures, config.data)))
         token_channels = 0
         if self.cache:
+            self.cache.check_pictures(self.pictures, config.data)
+            if options.repa_weights and config.repa != "none":
+                self.cache.check_teacher(build_teacher(config.repa, ae.cfg.multiple, options.repa_weights))
+            if config.sample_posterior and not self.cache.has_logvar:
+                raise ValueError(f"{config.cache}: has no log-variance to draw from; drop --sample-posterior")
             self.classes = self.cache.classes
             token_channels = self.cache.token_channels(config.repa, config.resolution)
         self.trainer = FlowTrainer(
             config, ae, len(self.classes), device, options=options, token_channels=token_channels
         )
-        channels_per_token = ae.cfg.latent_channels * config.transformer.patch**2
-        self.sample_shift = sampling_shift(options.sample_shift, self.trainer.shift, channels_per_token)
+        self.law = make_law(config, self.trainer.shift)  # uniform warns
+        self.sample_shift = sampling_shift(options.sample_shift, self.trainer.shift, ae.cfg.latent_channels)
         if run.saved:
             self.trainer.load(run.saved)
 
@@ -95,8 +101,11 @@ class FlowRun:
 
     def _latents(self, crops: LabelledCrops) -> tuple[Tensor, Tensor]:
         """Normalised latents and labels of crops that training does not draw."""
-        batch = crops[FIXED_STEP]
-        parts = [self.trainer.inputs(FIXED_STEP, {"pixels": p}, tokens=False)[0] for p in batch["pixels"].split(32)]
+        batch, size = crops[FIXED_STEP], 32
+        parts = [
+            self.trainer.inputs(FIXED_STEP, {"pixels": p}, first=i * size, tokens=False)[0]
+            for i, p in enumerate(batch["pixels"].split(size))
+        ]
         return torch.cat(parts), batch["labels"].to(parts[0].device)
 
     def validate(self, step: int) -> dict[str, float]:
@@ -146,9 +155,12 @@ class FlowRun:
         )  # fmt: skip
 
     def save(self, step: int) -> None:
-        """Validates, draws samples, and writes the checkpoint."""
+        """Validates, draws samples, losses and losses by time bin, and writes the checkpoint."""
         self.validate(step)
         self.draw(f"step_{step:08d}")
+        records, samples = read_log(self.run.folder / "log.jsonl"), self.run.folder / "samples"
+        plot_losses(records, samples / "losses.png")
+        plot_bins(records, self.law, samples / "time_bins.png")
         plain = {
             "format": FLOW_FORMAT,
             "transformer": to_dict(self.config)["transformer"],

@@ -103,8 +103,11 @@ class FlowConfig:
         decays = self.ema_decays
         if not decays or len(set(decays)) < len(decays) or not all(0 <= d < 1 for d in decays):
             raise ValueError(f"ema_decays: expected different numbers in [0, 1), at least one, got {decays}")
-        if self.cache == "auto" and (self.augmentation.rotate or self.augmentation.colour):
-            raise ValueError("cache auto: a cache holds no rotated or recoloured crops; got augmentation with these")
+        if self.cache and (self.augmentation.rotate or self.augmentation.colour):
+            raise ValueError("cache: it holds no rotated or recoloured crops; got an augmentation with these")
+        if self.transformer.patch != 1:
+            got = self.transformer.patch
+            raise ValueError(f"transformer.patch: normalised latents are patchified already, expected 1, got {got}")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout: expected a number in [0, 1], got {self.label_dropout}")
         if self.shift != "auto" and self.shift <= 0:
@@ -112,7 +115,7 @@ class FlowConfig:
 
     def train_shift(self, latent_channels: int) -> float:
         """The shift timesteps are drawn with, on latents of so many channels a position."""
-        return auto_shifts(latent_channels * self.transformer.patch**2)[0] if self.shift == "auto" else self.shift
+        return auto_shifts(latent_channels)[0] if self.shift == "auto" else self.shift
 
 
 def sampling_shift(shift: float | Literal["auto"], train_shift: float, channels_per_token: int) -> float:

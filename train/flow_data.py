@@ -48,6 +48,8 @@ class LabelledCrops(Dataset):
     def of_class(self, label: int, step: int, num: int) -> list[Tensor]:
         """`num` crops uint8 [3, R, R] of that class's pictures in turn, by the draws of `step`."""
         own = [i for i, y in enumerate(self.labels) if y == label]
+        if not own:
+            raise ValueError(f"class {label}: has no picture")
         pictures = Pictures([self.crops.pictures.paths[i] for i in own[:num]], in_memory=False)
         crops = CropBatches(
             pictures, resolution=self.crops.resolution, batch=num, augmentation=self.crops.augmentation,
@@ -75,8 +77,8 @@ class CachedLatents(Dataset):
         return [f"item {i}" for i in self.items(step)]
 
 
-def newest_autoencoder(out: Path) -> Path | None:
-    """The run of train.vae in `out` whose newest checkpoint is the newest of all, or None."""
+def newest_autoencoder(out: Path) -> tuple[Path, bool] | None:
+    """(run, whether it is finished) of train.vae in `out` whose newest checkpoint is the newest of all, or None."""
     found = []
     for config in out.glob("*/checkpoints/step_*/config.json"):
         try:
@@ -84,22 +86,34 @@ def newest_autoencoder(out: Path) -> Path | None:
         except (OSError, ValueError):
             continue
         if fields.get("format") == FORMAT and "autoencoder" in fields:
-            found.append((config.stat().st_mtime, config.parent.parent.parent))
-    return max(found)[1] if found else None
+            finished = fields.get("step", 0) >= fields.get("train", {}).get("steps", 0)
+            found.append((config.stat().st_mtime, config.parent.parent.parent, finished))
+    return max(found)[1:] if found else None
 
 
 def find_autoencoder(path: str, out: Path) -> AutoEncoder | RAE:
-    """The autoencoder at `path`; without one the newest run of train.vae in `out`, which is made if there is none."""
+    """The autoencoder at `path`; without one the newest run of train.vae in `out`, which is made if there is none.
+
+    KeyboardInterrupt if making it was interrupted; ValueError if it failed, or the newest run is unfinished.
+    """
     if path:
         return load_autoencoder(path)
-    run = newest_autoencoder(out)
-    if run is None:
+    newest = newest_autoencoder(out)
+    if newest is None:
         from train import vae
 
         print(f"no run of train.vae in {out}: training the autoencoder `photos` first", flush=True)
-        if code := vae.main(["--out", str(out)]):
+        code = vae.main(["--out", str(out)])
+        if code >= 128:
+            raise KeyboardInterrupt
+        newest = newest_autoencoder(out)
+        if code or newest is None:
             raise ValueError(f"no autoencoder: training one ended with exit code {code}; or give --autoencoder")
-        run = newest_autoencoder(out)
-        assert run is not None
+    run, finished = newest
+    if not finished:
+        raise ValueError(
+            f"{run} is not trained to its end: go on with python -m train.vae --out {out} --name {run.name} --resume"
+            f" auto (and its own options), or take it as it is with --autoencoder {run}"
+        )
     print(f"autoencoder: {run}")
     return load_autoencoder(run)

@@ -36,7 +36,8 @@ def plot_losses(records: list[dict[str, Any]], path: Path) -> None:
 
     steps, validated = [r for r in records if "loss" in r], [r for r in records if "fresh_velocity" in r]
     names = [n for n in ("velocity", "repa", "grad_norm") if any(n in r for r in steps)]
-    figure, axes = plt.subplots(1, 1 + len(names), figsize=(4 * (1 + len(names)), 3.2), constrained_layout=True)
+    size, count = (4 * (1 + len(names)), 3.2), 1 + len(names)
+    figure, (axes,) = plt.subplots(1, count, figsize=size, constrained_layout=True, squeeze=False)
     for key, label in NAMES.items():
         axes[0].plot([r["nimg"] for r in validated], [r[f"{key}_velocity"] for r in validated], "o-", ms=3, label=label)
     axes[0].set_title("normalised velocity loss (EMA)")

@@ -102,7 +102,7 @@ def generate(
     for first in range(0, len(labels), batch):
         y = labels[first : first + batch]
         z = normal(seed, 0, first, (len(y), *shape), stream=STREAM_SAMPLES, device=y.device)
-        generator = torch.Generator(y.device).manual_seed((seed << 20) + first)
+        generator = torch.Generator(y.device).manual_seed(((seed << 20) + first) % 2**63)
         with torch.autocast(y.device.type, torch.bfloat16, enabled=precision == "bf16"):
             parts.append(SAMPLERS[sampler](velocity_of(y), z, ts, generator=generator))
     return torch.cat(parts)

@@ -89,10 +89,13 @@ def test_euler_maruyama_has_the_distribution_of_its_recursion():
         for i, (t, u) in enumerate(pairwise(times)):
             marginal, var_t = (1 - t) * m, (1 - t) ** 2 * s * s + t * t
             slope = (t - (1 - t) * s * s) / var_t + t / var_t  # of the drift v - t score in z
+            noise = 2 * t * (t - u)
+            if i == len(times) - 2:  # the last step is Euler's: the drift is v
+                slope, noise = (t - (1 - t) * s * s) / var_t, 0
             drift = -m + slope * (mean - marginal)
             gain = 1 + (u - t) * slope
             mean += (u - t) * drift
-            variance = gain * gain * variance + (2 * t * (t - u) if i < len(times) - 2 else 0)
+            variance = gain * gain * variance + noise
         sample = got[:, channel, 0]
         assert sample.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(variance / n))
         assert sample.var().item() == pytest.approx(variance, rel=5 * math.sqrt(2 / n))
@@ -103,6 +106,19 @@ def test_euler_maruyama_approaches_the_data():
     got = euler_maruyama(gaussian_velocity, z, sampling_times(200), generator=torch.Generator().manual_seed(2))
     assert got.mean((0, 2)).tolist() == pytest.approx(MEAN.flatten().tolist(), abs=0.03)
     assert got.std((0, 2)).tolist() == pytest.approx(STD.flatten().tolist(), rel=0.03)
+
+
+@pytest.mark.parametrize("std", [0.0, 0.2])
+def test_euler_maruyama_leaves_no_noise_of_the_last_time(std):
+    """A shifted grid ends at t = 0.12, whose noise a last step of the stochastic drift would leave in the picture"""
+
+    def velocity(z, t):
+        t = t.view(-1, 1)
+        return (t - (1 - t) * std**2) / ((1 - t) ** 2 * std**2 + t**2) * z
+
+    z = torch.randn(20_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    got = euler_maruyama(velocity, z, sampling_times(50, 6.93), generator=torch.Generator().manual_seed(2))
+    assert got.std().item() == pytest.approx(std, abs=0.03)
 
 
 def test_the_generator_alone_decides():

@@ -194,7 +194,7 @@ def test_training_lowers_the_validation_loss(place, tmp_path):
     assert losses[0] > 0.9 and losses[-1] < 0.7 * losses[0]
 
 
-def test_an_autoencoder_is_found_or_made(place, tmp_path, monkeypatch):
+def test_an_autoencoder_is_found_or_made(place, tmp_path, monkeypatch, capsys):
     """The newest run of train.vae in --out; a run of train.flow beside it is none"""
     runs = tmp_path / "runs"
     assert newest_autoencoder(runs) is None
@@ -202,13 +202,26 @@ def test_an_autoencoder_is_found_or_made(place, tmp_path, monkeypatch):
     def stand_in(argv):
         assert argv == ["--out", str(runs)]
         ae = AutoEncoder(AE)
-        plain = {"format": "flux2-tokenizer", "autoencoder": flow.to_dict(AE)}
-        Checkpoints(runs / "photos" / "checkpoints", keep=1).save(3, {"ema": ae.state_dict()}, plain)
+        plain = {"format": "flux2-tokenizer", "autoencoder": flow.to_dict(AE), "train": {"steps": 3}}
+        saved = Checkpoints(runs / "photos" / "checkpoints", keep=1)
+        saved.save(2, {"ema": ae.state_dict()}, {**plain, "step": 2})  # interrupted, the first time
+        if len(called) == 0:
+            called.append(0)
+            return 130
+        saved.save(3, {"ema": ae.state_dict()}, {**plain, "step": 3})
         return 0
 
+    called = []
+
     monkeypatch.setattr(vae, "main", stand_in)
-    assert main([*TOY, "--out", str(runs), "--steps", "1", "--name", "f", "--data", str(place / "pictures")]) == 0
-    assert newest_autoencoder(runs) == runs / "photos"
+    flags = [*TOY, "--out", str(runs), "--steps", "1", "--name", "f", "--data", str(place / "pictures")]
+    assert main(flags) == 130
+    capsys.readouterr()
+    assert newest_autoencoder(runs) == (runs / "photos", False) and main(flags) == 2
+    assert "photos is not trained to its end: go on with" in capsys.readouterr().err
+    stand_in(["--out", str(runs)])
+    assert main(flags) == 0
+    assert newest_autoencoder(runs) == (runs / "photos", True)
     monkeypatch.setattr(vae, "main", None)  # now it is there
     flags = ["--stop-after", "1", "--data", str(place / "pictures")]
     assert main([*TOY, "--out", str(runs), "--steps", "2", *flags]) == 0
