@@ -247,7 +247,7 @@ def main() -> None:
         "steps": args.steps,
         "flags": {label: " ".join(flags) for label, flags in ROWS.items()},
         "rows": {label: measure_row(folder) for label, folder in folders.items()},
-        "phases": time_phases([f for f in ROWS["+ EQ"] if f not in EQ], steps=min(20, args.steps)),
+        "phases": time_phases(ROWS["+ alignment"], steps=min(20, args.steps)),
     }
     save_json(args.results, results)
     draw(folders, PAGE.with_suffix(".png") if args.results == RESULTS else args.results.with_suffix(".png"))
