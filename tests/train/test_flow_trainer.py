@@ -98,7 +98,8 @@ def test_shift_goes_by_the_latents_width():
     assert make().shift == 1.0  # 16 channels a token
     assert make(shift=2.5).shift == 2.5
     assert CONFIG.train_shift(128) == 4.63
-    assert dataclasses.replace(CONFIG, transformer=dataclasses.replace(SHAPE, patch=2)).train_shift(32) == 4.63
+    with pytest.raises(ValueError, match="transformer.patch: .* expected 1, got 2"):
+        dataclasses.replace(CONFIG, transformer=dataclasses.replace(SHAPE, patch=2))
 
 
 @pytest.mark.parametrize("parts", [2, 6])
