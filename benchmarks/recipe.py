@@ -215,8 +215,8 @@ def draw(folders: dict[str, Path], path: Path) -> None:
 def machine(results: dict[str, Any]) -> str:
     env = results["environment"]
     gpu = "" if env["gpu"] == "none" else f", {env['gpu']}"
-    torch_version = env["packages"]["torch"]
-    return f"{env['processor']}{gpu}, {env['threads']} threads, torch {torch_version}, commit {env['commit']}.\n"
+    threads = f"{env['threads']} thread" + ("s" if env["threads"] > 1 else "")
+    return f"{env['processor']}{gpu}, {threads}, torch {env['packages']['torch']}, commit {env['commit']}.\n"
 
 
 def write_docs() -> None:
