@@ -13,7 +13,6 @@ Nothing in a file is executed: safetensors, or torch.load(weights_only=True).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -28,7 +27,16 @@ from torch import Tensor
 from flux2.autoencoder import AUTOENCODERS, BN_EPS, BN_MOMENTUM, AutoEncoder, AutoencoderConfig
 from flux2.checkpoints_rae import build_rae
 from flux2.rae import RAE, RAES, RAEConfig
-from flux2.tensor_files import LISTED, dataclass_from_dict, load_json, load_tensors, mismatch, save_json, save_tensors
+from flux2.tensor_files import (
+    LISTED,
+    dataclass_from_dict,
+    load_json,
+    load_tensors,
+    mismatch,
+    nearest,
+    save_json,
+    save_tensors,
+)
 
 FORMAT = "flux2-tokenizer"  # names our own files and folders
 METADATA_KEY = "flux2_config"
@@ -221,9 +229,7 @@ def load_autoencoder(
     path = Path(path)
     rows = AUTOENCODERS | RAES
     if preset is not None and preset not in rows:
-        close = difflib.get_close_matches(preset, rows, n=1, cutoff=0.4)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"preset: expected one of {', '.join(rows)}, got {preset!r}{hint}")
+        raise ValueError(f"preset: expected one of {', '.join(rows)}, got {preset!r}{nearest(preset, rows)}")
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file or folder; expected a .safetensors file, a diffusers folder, or a run of train.vae"

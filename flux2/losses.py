@@ -38,7 +38,7 @@ def charbonnier(recon: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
 
 def _blur(x: Tensor) -> Tensor:
     """5-tap binomial filter along both axes, edges replicated. [N, C, h, w] -> same"""
-    taps = torch.tensor(_BINOMIAL, dtype=x.dtype, device=x.device) / 16
+    taps = torch.cat([x.new_full((1,), weight / 16) for weight in _BINOMIAL])  # filled there: a copy would wait
     kernel = taps.view(1, 1, 1, 5).expand(x.shape[1], 1, 1, 5)
     return F.conv2d(F.conv2d(pad_edges(x, 2), kernel, groups=x.shape[1]), kernel.transpose(2, 3), groups=x.shape[1])
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flux2.compat import ensure_torchvision
 from flux2.layers import unit
+from flux2.tensor_files import load_tensors
 
 LEAST_SIDE = 32  # pixels: AlexNet's and VGG's poolings need that much
 
@@ -80,8 +81,6 @@ class LPIPS(nn.Module):
 
 def _load_backbone(network: Any, net: str, weights: str | Path) -> None:
     """Fills the backbone of lpips's network, from a file or from torchvision's cache."""
-    from flux2.tensor_files import load_tensors
-
     if weights:
         state = load_tensors(weights)[0]
         source = str(weights)

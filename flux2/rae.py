@@ -9,7 +9,6 @@ variance for each position, so that normalised latents exist at one resolution, 
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from flux2.layers import check_pixels, pad_by_reflection
 from flux2.teachers import RANDOM, VITS, ViTConfig, ViTTeacher
+from flux2.tensor_files import nearest
 from flux2.vit_decoder import DECODERS, PATCH, ViTDecoder
 from kernels.dispatch import BACKENDS
 
@@ -49,9 +49,7 @@ class RAEConfig:
     def __post_init__(self) -> None:
         for name, rows in (("encoder", RAE_ENCODERS), ("decoder", DECODERS)):
             if (got := getattr(self, name)) not in rows:
-                close = difflib.get_close_matches(got, rows, n=1, cutoff=0.4)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"RAE {name}: expected one of {', '.join(rows)}, got {got!r}{hint}")
+                raise ValueError(f"RAE {name}: expected one of {', '.join(rows)}, got {got!r}{nearest(got, rows)}")
         if self.resolution % PATCH or self.resolution <= 0:
             raise ValueError(f"RAE resolution: expected a positive multiple of {PATCH}, got {self.resolution}")
         if self.noise_tau < 0:

@@ -10,7 +10,6 @@ until its own patch grid is the latent's, and its patch tokens taken after the f
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import io
 import math
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux2.compat import ensure_torchvision
-from flux2.tensor_files import load_tensors, mismatch
+from flux2.tensor_files import load_tensors, mismatch, nearest
 
 RANDOM = "random"  # as `weights`: seeded random ones, for tests
 POOLING = ("head.", "attn_pool.")  # what only timm's pooled output reads
@@ -239,9 +238,7 @@ def build_teacher(
     file; ValueError on an unknown name, on weights of another network or that cannot be had, or weights for HOG.
     """
     if name not in TEACHERS:
-        close = difflib.get_close_matches(name, TEACHERS, n=1, cutoff=0.4)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"teacher: expected one of {', '.join(TEACHERS)}, got {name!r}{hint}")
+        raise ValueError(f"teacher: expected one of {', '.join(TEACHERS)}, got {name!r}{nearest(name, TEACHERS)}")
     cfg = TEACHERS[name]
     if isinstance(cfg, HOGConfig):
         if weights:

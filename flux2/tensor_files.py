@@ -108,13 +108,18 @@ def load_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest of `known`, or an empty string: the end of an error on an unknown name."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def dataclass_from_dict(kind: type[T], fields: Mapping[str, Any], what: str) -> T:
     """A config dataclass from its fields, lists as tuples. ValueError, begun with `what`, names unknown fields."""
     known = {f.name for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     for name in fields:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"{what}: unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise ValueError(f"{what}: unknown field {name!r}{nearest(name, known)}")
     try:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     except TypeError as error:

@@ -56,3 +56,26 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"`?make ([a-z-]+)", README + (ROOT / "CONTRIBUTING.md").read_text())):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_recipe_tables_are_those_of_the_results():
+    import recipe
+
+    results, page = json.loads(recipe.RESULTS.read_text()), recipe.PAGE.read_text()
+    for name, table in (("rows", recipe.rows_table(results)), ("phases", recipe.phases_table(results))):
+        assert f"<!-- {name} -->\n{table}\n{recipe.machine(results)}<!-- /{name} -->" in page, name
+
+
+def test_flow_table_is_that_of_the_results():
+    results = json.loads((ROOT / "benchmarks/results/flow-evidence.json").read_text())
+    page = (ROOT / "docs/flow.md").read_text().replace("**", "")
+
+    def mean(key, channels, law, shift):
+        return sum(results["cells"][f"{channels}/{law}/{shift}/none/{seed}"][key] for seed in range(3)) / 3
+
+    for channels in (16, 128):
+        for law, shown in (("uniform",) * 2, ("logit_normal", "logit-normal"), ("plateau_logit_normal", "plateau")):
+            keys = [(key, shift) for key in ("held_out", "frechet") for shift in ("1", "2.95")]
+            row = " | ".join(f"{mean(key, channels, law, shift):.3f}" for key, shift in keys)
+            assert f"| {channels} | {shown} | {row} |" in page
+    assert results["environment"]["commit"] in page

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flux2.autoencoder import AUTOENCODERS, AutoEncoder, AutoencoderConfig
-from flux2.checkpoints import load_autoencoder
+from flux2.checkpoints import FORMAT, load_autoencoder
 from flux2.images import from_uint8, to_uint8
 from flux2.latents import fit_latent_statistics
 from flux2.linear_code import LinearCode, fit_context_decoder, fit_linear_code, warm_start
@@ -131,10 +131,9 @@ def train(config: VaeConfig, options: RunOptions) -> int:
         run.log.write({"step": step, "nimg": step * config.batch, **quality})
 
     def save(step: int) -> None:
-        for ema in trainer.emas:
-            fit_latent_statistics_of(ema.model, pictures, config)
+        fit_statistics([ema.model for ema in trainer.emas], pictures, config)
         evaluate(step)
-        plain = {"format": "flux2-tokenizer", "autoencoder": to_dict(config)["autoencoder"]}
+        plain = {"format": FORMAT, "autoencoder": to_dict(config)["autoencoder"]}
         run.checkpoints.save(step, trainer.tensors(), {**plain, "train": to_dict(config), "step": step})
 
     if not run.start:
@@ -163,17 +162,19 @@ def _held_out_side(config: VaeConfig) -> int:
     return max(multiple, HELD_OUT_SIDE // multiple * multiple)
 
 
-def fit_latent_statistics_of(ae: AutoEncoder | RAE, pictures: Pictures, config: VaeConfig) -> None:
+def fit_statistics(models: list[AutoEncoder | RAE], pictures: Pictures, config: VaeConfig) -> None:
     """Fits the latent statistics, where the shape has them, on STATISTICS_CROPS training crops without augmentation.
 
     Those of a decoder trained behind a given encoder stay as they came: flow models were trained on them.
     """
-    if ae.cfg.latent_norm == "affine" or (config.train == "decoder" and config.init):
+    if config.autoencoder.latent_norm == "affine" or (config.train == "decoder" and config.init):
         return
-    device = next(ae.parameters()).device
     crops = plain_crops(config, pictures)
     steps = range(2**31, 2**31 + -(-STATISTICS_CROPS // crops.batch))  # which training never reaches
-    fit_latent_statistics(ae, (from_uint8(crops[step].to(device)) for step in steps))
+    batches = [crops[step] for step in steps]  # read once, for all models
+    for ae in models:
+        device = next(ae.parameters()).device
+        fit_latent_statistics(ae, (from_uint8(x.to(device)) for x in batches))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from typing import Literal
 from flux2.adversarial import AdversarialStart
 from flux2.autoencoder import AUTOENCODERS, AutoencoderConfig
 from flux2.losses import kl_weight_from_ldm
+from flux2.perceptual import LEAST_SIDE
 from flux2.rae import RAES, RAEConfig
 from train.configs import RunOptions, parse
 from train.data import Augmentation
@@ -198,7 +199,7 @@ class VaeConfig:
                 f" {self.eq_scales}"
             )
         smallest = self.resolution * (min(self.eq_scales) if self.eq_probability else 1.0)
-        needs = (("laplacian", self.laplacian_weight, 16), ("lpips", self.lpips_weight, 32))
+        needs = (("laplacian", self.laplacian_weight, 16), ("lpips", self.lpips_weight, LEAST_SIDE))
         for name, weight, side in (*needs, ("gan", self.gan.weight, self.gan.least_side)):
             if weight and smallest < side:
                 raise ValueError(f"{name} needs sides of {side} pixels, the smallest here have {smallest:g}")

@@ -39,14 +39,8 @@ from train.loop import load_optimiser_tensors, optimiser_tensors, parameters_by_
 from train.schedules import WeightSchedule, cosine_lr
 from train.vae_config import VaeConfig
 
-DERIVED = (
-    "loss",
-    "recon",
-    "gan_weight",
-    "gan_share",
-    "gan_adaptive",
-    "vf_weight",
-)  # of the scalars that `step` returns
+# of the scalars that `step` returns, those that follow from others
+DERIVED = ("loss", "recon", "gan_weight", "gan_share", "gan_adaptive", "vf_weight")
 PIXEL_LOSSES = {"l1": l1, "l2": l2, "charbonnier": charbonnier, "laplacian": laplacian_loss}
 
 

@@ -382,3 +382,12 @@ def test_a_step_is_graphs_and_neither_player_moves_the_other():
     net.requires_grad_(False)
     g_loss(torch.tanh(raw)).backward()
     assert raw.grad.abs().sum() > 0 and all(p.grad is None for p in net.parameters())
+
+
+def test_a_broken_discriminator_is_no_guess():
+    """NaN > 0 is false: its accuracies would read 0"""
+    broken, sound = torch.tensor([1.0, torch.nan]), torch.tensor([1.0, -1.0])
+    for real, fake in ((broken, sound), (sound, broken)):
+        found = logit_statistics(real, fake)
+        assert found["d_real_accuracy"].isnan() and found["d_fake_accuracy"].isnan()
+    assert logit_statistics(sound, sound)["d_real_accuracy"] == 0.5

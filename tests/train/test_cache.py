@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 
 import numpy as np
@@ -206,3 +207,36 @@ def test_fingerprint_sees_each_bit_buffers_included():
     assert before == fingerprint(ae) and len(before) == 64
     ae.bn.running_mean[3] += 1e-7
     assert fingerprint(ae) != before
+
+
+def test_other_pictures_than_it_was_made_of_are_refused(place, capsys):
+    """With another --data or --held-out, held-out pictures would be trained on, and labels be of other folders"""
+    data = str(place / "pictures")
+    assert make(place) == 0
+    stored = LatentCache(place / "cache")
+    stored.check_pictures(open_pictures(data)[0], data)
+    for pictures in (open_pictures(data, data)[0], open_pictures("photographs")[0]):
+        with pytest.raises(ValueError, match=rf"cache is of other pictures than the {len(pictures)} that --data"):
+            stored.check_pictures(pictures, data)
+    path = open_pictures(data)[0].paths[0]
+    os.utime(path, (1, 1))  # rewritten at the same size
+    with pytest.raises(ValueError, match="or they changed since"):
+        stored.check_pictures(open_pictures(data)[0], data)
+
+
+def test_tokens_of_other_weights_are_refused(place):
+    assert make(place, "--teacher", "hog") == 0
+    teacher = HOGTeacher(16)
+    LatentCache(place / "cache").check_teacher(teacher)
+    teacher.register_buffer("other", torch.ones(1))
+    with pytest.raises(ValueError, match="cache: its tokens are of a teacher with other weights than --repa-weights"):
+        LatentCache(place / "cache").check_teacher(teacher)
+
+
+def test_a_cache_travels_to_worker_processes(place):
+    assert make(place) == 0
+    stored = LatentCache(place / "cache")
+    assert stored.has_logvar
+    there = pickle.loads(pickle.dumps(stored))
+    for name, value in stored.get([0, 3], [False, False]).items():
+        assert torch.equal(there.get([0, 3], [False, False])[name], value)

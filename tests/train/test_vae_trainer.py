@@ -387,3 +387,12 @@ def test_tensors_and_load_are_inverses():
     again = [t.step(6, batch_of(config, 6)) for t in (first, second)]
     assert all(torch.equal(v, again[1][k]) for k, v in again[0].items())
     assert_same_bits(first.tensors(), second.tensors())
+
+
+def test_a_latent_is_drawn_in_fp32_under_autocast(monkeypatch):
+    """Moments come in bf16; rounded there, the posterior's noise and the KL's gradient would be"""
+    trainer, seen = trainer_of(toy(precision="bf16")), []
+    gradient = trainer.latent_gradient
+    monkeypatch.setattr(trainer, "latent_gradient", lambda *a: seen.append((a[3].dtype, a[4].dtype)) or gradient(*a))
+    trainer.step(0, batch_of(trainer.config))
+    assert seen == [(torch.float32, torch.float32)]
