@@ -24,7 +24,7 @@ from flux2.metrics import psnr
 from flux2.tensor_files import save_json
 from train.data import embedded_photographs
 from train.report import yardsticks
-from train.vae import fit_code, plain_crops, reconstruct_uint8
+from train.vae import fit_pca, plain_crops, reconstruct_uint8
 from train.vae_config import VAE_PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,8 @@ def draw(run: Path, picture: Path) -> None:
 
     ae = load_autoencoder(run)
     pictures, held_out = embedded_photographs()
-    code, _ = fit_code(VAE_PRESETS["photos"], plain_crops(VAE_PRESETS["photos"], pictures))
+    pca, _ = fit_pca(VAE_PRESETS["photos"], plain_crops(VAE_PRESETS["photos"], pictures))
+    code = pca.first(VAE_PRESETS["photos"].autoencoder.z_channels)
     figure, axes = plt.subplots(2 * len(CUTS), 4, figsize=(11, 11 * len(CUTS) / 2 * 1.04), constrained_layout=True)
     for row, (index, top, left, side) in enumerate(CUTS):
         image = held_out[index][top : top + side, left : left + side]

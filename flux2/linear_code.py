@@ -11,6 +11,7 @@ from torch import Tensor
 from flux2.autoencoder import AutoEncoder
 
 WARM_LOGVAR = -8.0  # posterior log-variance a warm-started encoder begins with
+ENERGY_GAIN = 1.0  # standard deviation of a warm-started hidden unit before its SiLU
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class LinearCode:
         """Pixels [N, 3, H, W], sides multiples of the block -> their projection on the code, clamped to [-1, 1]."""
         blocks = torch.einsum("kd,nkhw->ndhw", self.components, self.encode(x))
         return (F.pixel_shuffle(blocks, self.block) + self.mean.view(1, 3, 1, 1)).clamp(-1, 1)
+
+    def first(self, k: int) -> LinearCode:
+        """The best linear code of k numbers: components are in the order of their variance."""
+        return LinearCode(self.components[:k], self.mean, self.std[:k], self.block)
 
 
 def fit_linear_code(x: Tensor, *, num_components: int, block: int) -> LinearCode:
@@ -102,3 +107,29 @@ def warm_start(ae: AutoEncoder, code: LinearCode, decoder: Tensor) -> None:
     logvar_bias = state["encoder.quant_conv.bias" if ae.cfg.quant_conv else "encoder.conv_out.bias"]
     logvar_bias[:z].zero_()
     logvar_bias[z:].fill_(WARM_LOGVAR)
+
+
+@torch.no_grad()
+def warm_start_energies(ae: AutoEncoder, code: LinearCode) -> None:
+    """Sets the hidden units of the encoder's shortcut to pairs SiLU(u), SiLU(-u) of the code's whitened components.
+
+    Their sum, u tanh(u / 2), is even: about |u|, the energy of a component, which says where structure is and in which
+    direction whatever its contrast's sign. What a teacher sees can be read from such units linearly, from hidden units
+    of random weights hardly (docs/log.md). Nothing reads them yet, so that the code stays as it is. The first component,
+    a block's brightness, is left out; as many pairs as there are components and room, the rest stays random.
+    ValueError if the shapes do not fit.
+    """
+    if ae.cfg.shortcut != "patch":
+        raise ValueError(f"warm start needs shortcut='patch', got {ae.cfg.shortcut!r}")
+    if code.block != (f := ae.cfg.downsample):
+        raise ValueError(f"warm start: expected components of {f}x{f} blocks, got {code.block}x{code.block}")
+    state = ae.state_dict()
+    weight, bias = state["encoder.shortcut.inner.weight"], state["encoder.shortcut.inner.bias"]
+    pairs = min(len(weight) // 2, len(code.components) - 1)
+    rows = code.components[1 : pairs + 1] / code.std[1 : pairs + 1, None].clamp(min=1e-3) * ENERGY_GAIN
+    offset = rows @ code.mean.repeat_interleave(code.block**2)
+    for i, sign in enumerate((1.0, -1.0)):
+        part = slice(i * pairs, (i + 1) * pairs)
+        weight[part] = 0
+        weight[part, :, 1, 1] = sign * rows
+        bias[part] = -sign * offset

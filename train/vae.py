@@ -14,7 +14,7 @@ from flux2.autoencoder import AUTOENCODERS, AutoEncoder, AutoencoderConfig
 from flux2.checkpoints import FORMAT, load_autoencoder
 from flux2.images import from_uint8, to_uint8
 from flux2.latents import fit_latent_statistics
-from flux2.linear_code import LinearCode, fit_context_decoder, fit_linear_code, warm_start
+from flux2.linear_code import LinearCode, fit_context_decoder, fit_linear_code, warm_start, warm_start_energies
 from flux2.metrics import psnr
 from flux2.rae import RAE, RAEConfig
 from kernels.dispatch import resolve
@@ -54,12 +54,11 @@ def plain_crops(config: VaeConfig, pictures: Pictures) -> CropBatches:
     )
 
 
-def fit_code(config: VaeConfig, crops: CropBatches) -> tuple[LinearCode, Tensor]:
-    """The best linear code of the autoencoder's size, and the pixels of `crops` it was fitted on."""
+def fit_pca(config: VaeConfig, crops: CropBatches) -> tuple[LinearCode, Tensor]:
+    """All principal components of the autoencoder's blocks, and the pixels of `crops` they were fitted on."""
     x = training_pixels(crops, FITTED_PIXELS // config.resolution**2)
     shape = config.autoencoder
-    components = min(shape.z_channels, 3 * shape.downsample**2)
-    return fit_linear_code(x, num_components=components, block=shape.downsample), x
+    return fit_linear_code(x, num_components=3 * shape.downsample**2, block=shape.downsample), x
 
 
 def usable_compiler(device: torch.device) -> bool:
@@ -83,8 +82,10 @@ def start_from(config: VaeConfig, trainer: VaeTrainer, crops: CropBatches) -> No
         trainer.average()
     elif config.warm_start == "pca":
         assert isinstance(trainer.ae, AutoEncoder)  # others have no shortcut to start
-        code, x = fit_code(config, crops)
+        pca, x = fit_pca(config, crops)
+        code = pca.first(config.autoencoder.z_channels)
         warm_start(trainer.ae, code, fit_context_decoder(code, x))
+        warm_start_energies(trainer.ae, pca)
         trainer.average()
 
 
@@ -146,7 +147,8 @@ def train(config: VaeConfig, options: RunOptions) -> int:
     seconds = time.monotonic() - began
     print(f"trained {config.steps - run.start} steps in {seconds:.0f} s; writing the report", flush=True)
     ours = reconstruct_uint8(trainer.ema.model, crops)
-    linear, _ = fit_code(config, plain_crops(config, pictures))
+    pca, _ = fit_pca(config, plain_crops(config, pictures))
+    linear = pca.first(config.autoencoder.z_channels)
     quality = write_report(
         run.folder, config=text, ae=trainer.ema.model, crops=crops, ours=ours, code=linear, held_out=held_out
     )

@@ -1,11 +1,18 @@
 """The linear code against numpy's SVD, and the warm start that reproduces it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from flux2.autoencoder import AutoEncoder, AutoencoderConfig
-from flux2.linear_code import fit_context_decoder, fit_linear_code, warm_start
+from flux2.images import from_uint8
+from flux2.linear_code import ENERGY_GAIN, fit_context_decoder, fit_linear_code, warm_start, warm_start_energies
+from flux2.probes import linear_probe_r2
+from flux2.teachers import build_teacher
+from train.data import embedded_photographs, held_out_crops
 
 SMALL = AutoencoderConfig(
     z_channels=8,
@@ -79,6 +86,53 @@ def test_context_decoder_is_the_least_squares_solution():
             assert (ae(x)[0] - x).square().mean() >= best
 
 
+def test_first_components_are_the_best_smaller_code():
+    x = smooth_pixels()
+    small, large = (fit_linear_code(x, num_components=k, block=4) for k in (5, 30))
+    for name in ("components", "std", "mean"):
+        torch.testing.assert_close(getattr(large.first(5), name), getattr(small, name))
+
+
+def hidden_units(ae, x):
+    """[N, width, h, w]: the hidden units of the encoder's shortcut."""
+    return F.silu(ae.encoder.shortcut.inner(F.pixel_unshuffle(x, ae.cfg.downsample)))
+
+
+@torch.no_grad()
+def test_energies_are_even_in_contrast_of_one_size_and_leave_the_code_as_it_is():
+    x = smooth_pixels()
+    pca = fit_linear_code(x, num_components=48, block=4)
+    ae = AutoEncoder(SMALL)
+    warm_start(ae, pca.first(8), centre_only(pca.first(8)))
+    before, unit_48 = ae(x)[0], ae.encoder.shortcut.inner.weight[94].clone()
+    warm_start_energies(ae, pca)
+    torch.testing.assert_close(ae(x)[0], before, rtol=0, atol=0)
+    pairs = 47  # of 48 components all but the brightness; width 256 has room for more, which stay random
+    torch.testing.assert_close(ae.encoder.shortcut.inner.weight[94], unit_48, rtol=0, atol=0)
+    mean = pca.mean.view(1, 3, 1, 1)
+    inverted = 2 * mean - x  # contrast about the mean, turned round
+    energies = [h[:, :pairs] + h[:, pairs : 2 * pairs] for h in (hidden_units(ae, x), hidden_units(ae, inverted))]
+    torch.testing.assert_close(energies[0], energies[1], atol=1e-4, rtol=1e-4)
+    u = pca.encode(x)[:, 1:] / pca.std[1:].view(-1, 1, 1).clamp(min=1e-3) * ENERGY_GAIN
+    torch.testing.assert_close(energies[0], u * torch.tanh(u / 2), atol=2e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_teacher_is_read_from_energies_and_not_from_random_units():
+    train, held_out = embedded_photographs()
+    x, x_test = (from_uint8(held_out_crops(p, num_crops=n)) for p, n in ((train, 512), (held_out, 64)))
+    ae = AutoEncoder(dataclasses.replace(SMALL, ch_mult=(1, 1, 1, 1), shortcut_width=64))
+    teacher = build_teacher("hog", 16)
+
+    def probe():
+        tokens = [F.pixel_unshuffle(hidden_units(ae, p), 2) for p in (x, x_test)]
+        return linear_probe_r2(tokens[0], teacher(x), tokens[1], teacher(x_test))
+
+    random = probe()
+    warm_start_energies(ae, fit_linear_code(x, num_components=192, block=8))
+    assert random < 0.05 and probe() > 0.2, (random, probe())
+
+
 def test_errors_name_what_was_expected():
     x = smooth_pixels(2)
     with pytest.raises(ValueError, match="at most 48 components"):
@@ -88,3 +142,8 @@ def test_errors_name_what_was_expected():
     code = fit_linear_code(x, num_components=4, block=4)
     with pytest.raises(ValueError, match="expected 8 components of 4x4 blocks, got 4 of 4x4"):
         warm_start(AutoEncoder(SMALL), code, centre_only(code))
+    plain = AutoEncoder(dataclasses.replace(SMALL, shortcut="none"))
+    with pytest.raises(ValueError, match="needs shortcut='patch', got 'none'"):
+        warm_start_energies(plain, code)
+    with pytest.raises(ValueError, match="expected components of 4x4 blocks, got 8x8"):
+        warm_start_energies(AutoEncoder(SMALL), fit_linear_code(smooth_pixels(), num_components=4, block=8))
