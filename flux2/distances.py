@@ -148,7 +148,7 @@ def kernel_distance(x: Tensor, y: Tensor, *, subsets: int, subset_size: int, see
 
     x, y: features [N, D], [M, D]. The kernel is (x.y / D + 1)^3, in fp64. Subsets are drawn without replacement by
     NumPy's RandomState(seed), x's then y's, as torch-fidelity draws them. May be below 0 for sets that are alike.
-    ValueError on other shapes, or where a set has fewer rows than a subset.
+    ValueError on other shapes, NaN, or where a set has fewer rows than a subset.
     """
     _check_rows("kernel distance", x, y)
     if not 2 <= subset_size <= min(len(x), len(y)):
@@ -183,13 +183,15 @@ def inception_score(logits: Tensor, splits: int, seed: int) -> tuple[float, floa
     """Mean and standard deviation over `splits` parts of exp(E KL(p(class | picture) || p(class))), in fp64.
 
     logits: [N, classes], without the classifier's bias, as the published scores have it. Rows are shuffled by NumPy's
-    RandomState(seed) first, as in torch-fidelity. ValueError on another shape, or fewer rows than parts.
+    RandomState(seed) first, as in torch-fidelity. ValueError on another shape, fewer rows than parts, or NaN.
     """
     if logits.ndim != 2 or not 1 <= splits <= len(logits):
         raise ValueError(
             f"inception score: expected logits [N, classes] of at least {max(splits, 1)} rows and 1 part, got"
             f" {list(logits.shape)} and {splits} parts"
         )
+    if not torch.isfinite(logits).all():
+        raise ValueError("inception score: expected finite logits, got NaN or infinity")
     order = np.random.RandomState(seed).permutation(len(logits))
     log_p = logits[torch.from_numpy(order)].double().log_softmax(1)
     scores = []
@@ -206,7 +208,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
     A vector is among a set if it lies within the ball of one of its vectors, whose radius is the distance to that one's
     k-th nearest neighbour. real, fake: features [N, D], [M, D]. Distances in fp64, CHUNK rows at a time. ValueError on
-    other shapes, or where a set has no k-th neighbour.
+    other shapes, NaN, or where a set has no k-th neighbour.
     """
     _check_rows("precision and recall", real, fake)
     if not 1 <= k < min(len(real), len(fake)):
