@@ -47,7 +47,8 @@ class CommonConfig:
     """What both evaluations of pictures share."""
 
     resolution: int = 0
-    """Side of ADM's centre crop of pictures from a folder."""
+    """Side of ADM's centre crop of pictures from a folder. 0: reconstruct takes 256 (of photographs 64), generate leaves
+    samples as they are and crops the reference to their side."""
     features: str = "hog"
     """What sets of pictures are compared by: hog (no weights), inception (FID), or a ViT such as dinov2-l."""
     feature_weights: str = ""
@@ -217,6 +218,7 @@ def finish(
     features: Features, figures: Figures, notes: str, shown: str, device: torch.device,
 ) -> int:  # fmt: skip
     """Prints the table and the protocol, writes OUT/evaluation.json."""
+    notes += f"; {config.kernel}" * any(key.startswith(("KID", "KD")) for key in figures)
     protocol = Protocol(
         task=task, count=found.count, crop=reference.crop, features=features.identity, reference=reference.digest,
         reference_count=reference.count, notes=notes,

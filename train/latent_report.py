@@ -254,10 +254,11 @@ def rows_of(diagnoses: dict[str, Diagnosis]) -> list[list[str]]:
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
-    """Names of folders or files, without suffix; numbered where two are the same."""
+    """Names of folders or files, without suffix, or of a run for its copy; numbered where two are the same."""
     names: list[str] = []
-    for path in paths:
-        stem = Path(path).name.removesuffix(".safetensors") or "autoencoder"
+    for path in map(Path, paths):
+        stem = path.parent.name if path.name == "autoencoder.safetensors" else path.name.removesuffix(".safetensors")
+        stem = stem or "autoencoder"
         names.append(next(n for i in range(1, len(paths) + 1) if (n := stem if i == 1 else f"{stem}-{i}") not in names))
     return names
 

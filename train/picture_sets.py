@@ -246,7 +246,8 @@ def _header(file: Any, path: Path) -> tuple[int, ...]:
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: arr_0 is damaged ({error})") from None
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not shape[0]:
-        raise ValueError(f"{path}: expected arr_0 uint8 [N, H, W, 3], got {dtype} {list(shape)}")
+        order = " by columns" if fortran else ""
+        raise ValueError(f"{path}: expected arr_0 uint8 [N, H, W, 3], got {dtype} {list(shape)}{order}")
     return shape
 
 
