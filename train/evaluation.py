@@ -47,8 +47,8 @@ class CommonConfig:
     """What both evaluations of pictures share."""
 
     resolution: int = 0
-    """Side of ADM's centre crop of pictures from a folder. 0: reconstruct takes 256 (of photographs 64), generate leaves
-    samples as they are and crops the reference to their side."""
+    """Side of ADM's centre crop of pictures from a folder. 0: reconstruct takes 256 (of photographs 64); generate takes
+    samples as they are, and crops the reference to their side."""
     features: str = "hog"
     """What sets of pictures are compared by: hog (no weights), inception (FID), or a ViT such as dinov2-l."""
     feature_weights: str = ""
@@ -100,19 +100,23 @@ def distances(
         figures["sFID" if published else f"sFD{suffix}"] = (frechet_distance(found.spatial, reference.spatial), None)
     elif "sfd" in metrics and found.spatial:
         note(f"no spatial distance: {reference.name} has neither mu_s and sigma_s nor pictures")
-    rows, others = found.rows().to(device), reference.rows.to(device)
-    for metric, least in (("kd", 2), ("pr", NEIGHBOUR + 1)):
+    place = device if device.type == "cuda" else torch.device("cpu")  # both take fp64, which not every device has
+    rows, others = found.rows().to(place), reference.rows.to(place)
+
+    def enough(metric: str, least: int) -> bool:
         if metric in metrics and min(len(rows), len(others)) < least:
             note(f"no {metric}: expected at least {least} pictures of each set, got {len(rows)} and {len(others)}")
-            continue
-        if metric == "kd" and metric in metrics:
-            size = min(kernel.subset_size, len(rows), len(others))
-            subsets = 1 if size == len(rows) == len(others) else kernel.subsets  # whole sets have one
-            mean, std = kernel_distance(others, rows, subsets=subsets, subset_size=size, seed=seed)
-            figures["KID" if published else f"KD{suffix}"] = (mean, std if subsets > 1 else None)
-        elif metric == "pr" and metric in metrics:
-            precision, recall = precision_recall(others, rows, k=NEIGHBOUR)
-            figures |= {f"precision{suffix}": (precision, None), f"recall{suffix}": (recall, None)}
+            return False
+        return metric in metrics
+
+    if enough("kd", 2):
+        size = min(kernel.subset_size, len(rows), len(others))
+        subsets = 1 if size == len(rows) == len(others) else kernel.subsets  # whole sets have one
+        mean, std = kernel_distance(others, rows, subsets=subsets, subset_size=size, seed=seed)
+        figures["KID" if published else f"KD{suffix}"] = (mean, std if subsets > 1 else None)
+    if enough("pr", NEIGHBOUR + 1):
+        precision, recall = precision_recall(others, rows, k=NEIGHBOUR)
+        figures |= {f"precision{suffix}": (precision, None), f"recall{suffix}": (recall, None)}
     logits = found.logits()
     if "is" in metrics and logits is not None:
         figures[f"IS{suffix}"] = inception_score(logits, min(SPLITS, len(logits)), seed)
@@ -177,11 +181,12 @@ def load_result(path: str | Path) -> dict[str, Any]:
 def compatible(a: dict[str, Any], b: dict[str, Any]) -> None:
     """ValueError, naming both, unless two results were taken the same way: task, number, crop, features, reference."""
     names = [r.get("path", r["name"]) for r in (a, b)]
-    differing = [
-        f"{key} {json.dumps(x)} and {json.dumps(y)}"
-        for key in COMPARED
-        if (x := a["protocol"].get(key)) != (y := b["protocol"].get(key))
-    ]
+    differing = []
+    for key in COMPARED:
+        x, y = (r["protocol"].get(key) for r in (a, b))
+        if x != y:
+            shown = (v[:12] if key == "reference" and isinstance(v, str) else v for v in (x, y))
+            differing.append(f"{key} {' and '.join(json.dumps(v) for v in shown)}")
     if differing:
         raise ValueError(f"{names[0]} and {names[1]} do not compare: {'; '.join(differing)}")
 
