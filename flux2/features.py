@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Features(nn.Module):
             raise ValueError(
                 f"features {self.name}: expected sides that are multiples of {m}, got {list(images.shape)}"
             )
-        with torch.autocast(images.device.type, enabled=False), _full_precision(images):
+        with torch.autocast(images.device.type, enabled=False), _full_precision():
             return self.features(images)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -69,11 +69,19 @@ class Features(nn.Module):
         raise NotImplementedError
 
 
-def _full_precision(images: Tensor) -> contextlib.AbstractContextManager:
-    """fp32 convolutions that are fp32: cuDNN rounds their inputs to 10 bits by default."""
-    if images.is_cuda:
-        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    return contextlib.nullcontext()
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """fp32 on a GPU is fp32: cuDNN's convolutions, and matrix products where a program asks for it, round to TF32."""
+    backends: Any = torch.backends  # has no types for these
+    settings = (backends.cudnn.conv, backends.cuda.matmul)
+    before = [s.fp32_precision for s in settings]
+    try:
+        for s in settings:
+            s.fp32_precision = "ieee"
+        yield
+    finally:
+        for s, value in zip(settings, before, strict=True):
+            s.fp32_precision = value
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -186,6 +186,28 @@ def test_features_are_frozen_and_take_any_batch(inception):
         assert torch.equal(x, before)
 
 
+def test_numbers_do_not_depend_on_the_program_s_precision():
+    """TF32 is off while features are computed, and as it was afterwards, also after an error."""
+    hog, seen = build_features("hog"), []
+
+    def read():
+        conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        return conv.fp32_precision, matmul.fp32_precision, torch.get_float32_matmul_precision()
+
+    hog.hog.register_forward_pre_hook(lambda module, inputs: seen.append(read()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = read()
+        hog(pictures(1))
+        assert read() == before and before[1] == "tf32" and seen[0][:2] == ("ieee", "ieee")
+        hog.hog.register_forward_pre_hook(lambda module, inputs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            hog(pictures(1))
+        assert read() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_weights_are_named_by_their_content(weights, inception, tmp_path, monkeypatch):
     """Not by the kind of file; and only the published file makes a FID."""
     state = torch.load(weights)
