@@ -98,6 +98,28 @@ def to_array(x: Tensor) -> np.ndarray:
     return x.permute(1, 2, 0).contiguous().cpu().numpy()
 
 
+def adm_center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> [size, size, 3], cropped as ADM's training and evaluation do (guided-diffusion).
+
+    Both sides are halved (box filter) while the shorter is at least twice `size`; the shorter side is brought to `size`
+    bicubically, also from below, and the centre taken.
+    """
+    from PIL import Image
+
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape) < 1 or size < 1:
+        raise ValueError(
+            f"centre crop: expected uint8 [H, W, 3] and a positive size, got {image.dtype} {list(image.shape)}, {size}"
+        )
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    width, height = round(picture.width * scale), round(picture.height * scale)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(picture)[top : top + size, left : left + size]
+
+
 def save_png(path: str | Path, image: np.ndarray) -> None:
     """Writes uint8 [H, W, 3] as PNG, atomically, making the folder. OSError if the place cannot be written."""
     from PIL import Image

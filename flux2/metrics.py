@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flux2.images import from_uint8
+from flux2.perceptual import LPIPS
+
 
 def _check(a: Tensor, b: Tensor) -> None:
     for name, x in (("first", a), ("second", b)):
@@ -43,3 +46,15 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         for x, y in zip(a.numpy(), b.numpy(), strict=True)
     ]
     return torch.tensor(values, dtype=torch.float64)
+
+
+def lpips_distance(a: Tensor, b: Tensor, net: LPIPS) -> Tensor:
+    """Learned perceptual distance of each pair (Zhang et al. 2018, v0.1): uint8 [N, 3, H, W] twice -> fp32 [N].
+
+    net: LPIPS("vgg") or LPIPS("alex"); a figure means nothing without that word. The column "LPIPS" of the article on
+    FLUX.2's latent space is on the scale of the older "PSIM" of latent-diffusion's model cards (SD's autoencoder has
+    0.95 there and about 0.14 here): orders of autoencoders compare with it, values do not. ValueError on other shapes
+    or types, or sides below 32.
+    """
+    _check(a, b)
+    return net.distances(from_uint8(a), from_uint8(b))

@@ -65,11 +65,7 @@ class LPIPS(nn.Module):
 
         Equals the mean of lpips.LPIPS()(recon, target). ValueError if shapes differ or a side is below 32.
         """
-        if recon.shape != target.shape or recon.ndim != 4 or min(recon.shape[2:]) < LEAST_SIDE:
-            raise ValueError(
-                f"LPIPS: expected two equal shapes [N, 3, H, W] with sides of at least {LEAST_SIDE}, got"
-                f" {list(recon.shape)} and {list(target.shape)}"
-            )
+        _check(recon, target)
         with torch.no_grad():
             wanted = self.features(target)
         total = recon.new_zeros((), dtype=torch.float32)
@@ -77,6 +73,24 @@ class LPIPS(nn.Module):
             weight = linear.weight.float().view(-1)  # type: ignore[union-attr, operator]
             total = total + ((a - b).square().mean((0, 2, 3)) * weight).sum()
         return total
+
+    @torch.no_grad()
+    def distances(self, a: Tensor, b: Tensor) -> Tensor:
+        """`forward` of each pair, without a gradient: pixels [N, 3, H, W] in [-1, 1] twice -> fp32 [N]."""
+        _check(a, b)
+        total = a.new_zeros(len(a), dtype=torch.float32)
+        for linear, x, y in zip(self.linears, self.features(a), self.features(b), strict=True):
+            weight = linear.weight.float().view(-1, 1, 1)  # type: ignore[union-attr, operator]
+            total += ((x - y).square() * weight).sum(1).mean((1, 2))
+        return total
+
+
+def _check(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape or a.ndim != 4 or min(a.shape[2:]) < LEAST_SIDE:
+        raise ValueError(
+            f"LPIPS: expected two equal shapes [N, 3, H, W] with sides of at least {LEAST_SIDE}, got"
+            f" {list(a.shape)} and {list(b.shape)}"
+        )
 
 
 def _load_backbone(network: Any, net: str, weights: str | Path) -> None:

@@ -1,9 +1,13 @@
-"""What a latent holds for the model that is trained on it: a linear probe to teacher features, and its spectrum."""
+"""What a latent holds for the model that is trained on it: teacher features, spectrum, rank, how it moves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from flux2.equivariance import Transform
 
 RIDGE = 1e-3  # of standardised inputs, times the number of positions
 
@@ -65,3 +69,45 @@ def spectrum_slope(z: Tensor) -> float:
     x, y = frequency.log(), power.clamp(min=1e-300).log()
     x = x - x.mean()
     return float((x * (y - y.mean())).sum() / x.square().sum())
+
+
+def covariance_eigenvalues(z: Tensor) -> Tensor:
+    """Eigenvalues of the covariance of a position's channels, over all positions of [N, C, h, w]: fp64 [C], falling.
+
+    ValueError for fewer than two positions.
+    """
+    if z.ndim != 4 or z.numel() < 2 * z.shape[1]:
+        raise ValueError(f"covariance: expected [N, C, h, w] with at least two positions, got {list(z.shape)}")
+    return torch.linalg.eigvalsh(torch.atleast_2d(torch.cov(_rows(z).T))).flip(0).clamp(min=0)
+
+
+def effective_rank(z: Tensor) -> float:
+    """How many directions of a position's channels carry variance: e^H, H the entropy of the eigenvalues' shares.
+
+    [N, C, h, w] -> between 1 and C (Roy & Vetterli 2007); C if all directions have the same variance. It depends on how
+    channels are scaled: latents are compared normalised. nan where there is no variance at all.
+    """
+    values = covariance_eigenvalues(z)
+    share = values / values.sum()
+    return float(torch.special.entr(share).sum().exp())
+
+
+@torch.no_grad()
+def equivariance_error(encode: Callable[[Tensor], Tensor], x: Tensor, transform: Transform, factor: int) -> float:
+    """How far encode(T x) is from T encode(x), as a root mean square in standard deviations of encode(T x).
+
+    encode: pixels [N, 3, H, W] to spatial latents [N, C, H/factor, W/factor], not patchified: a turn would not move the
+    positions inside a patch. T turns and scales both alike. Each channel counts by its own standard deviation, so that
+    no normalisation of channels changes the figure: 0 is a latent that moves as its picture does, sqrt(2) one that does
+    not know of it. Channels without variance are passed over; nan if that is all.
+    """
+    z = encode(x)
+    sides = transform.sides(*z.shape[2:])
+    moved = encode(transform(x, (factor * sides[0], factor * sides[1])))
+    expected = transform(z, sides)
+    if moved.shape != expected.shape:
+        raise ValueError(f"equivariance: expected latents {list(expected.shape)}, got {list(moved.shape)}")
+    a, b = _rows(moved), _rows(expected)
+    variance = a.var(0, correction=0)
+    alive = variance > 1e-12 * variance.max()
+    return float(((a - b).square().mean(0) / variance)[alive].mean().sqrt())

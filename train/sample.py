@@ -91,18 +91,21 @@ def generate(
     seed: int = 0,
     batch: int = 64,
     precision: str = "fp32",
+    first_index: int = 0,
 ) -> Tensor:
     """Normalised latents fp32 [N, C, h, w] for labels int64 [N], on their device; shape: (C, h, w).
 
     velocity_of(labels) is the velocity of a batch, such as `classifier_free` returns. Sample i starts from noise that
-    depends on (seed, i) alone; what euler_maruyama adds depends on `batch`, too. precision: "bf16" is autocast.
+    depends on (seed, first_index + i) alone; what euler_maruyama adds depends on `batch`, too. precision: "bf16" is
+    autocast.
     """
     ts = sampling_times(steps, shift)
     parts = []
     for first in range(0, len(labels), batch):
         y = labels[first : first + batch]
-        z = normal(seed, 0, first, (len(y), *shape), stream=STREAM_SAMPLES, device=y.device)
-        generator = torch.Generator(y.device).manual_seed(((seed << 20) + first) % 2**63)
+        index = first_index + first
+        z = normal(seed, 0, index, (len(y), *shape), stream=STREAM_SAMPLES, device=y.device)
+        generator = torch.Generator(y.device).manual_seed(((seed << 20) + index) % 2**63)
         with torch.autocast(y.device.type, torch.bfloat16, enabled=precision == "bf16"):
             parts.append(SAMPLERS[sampler](velocity_of(y), z, ts, generator=generator))
     return torch.cat(parts)

@@ -5,7 +5,18 @@ import pytest
 import torch
 from PIL import Image
 
-from flux2.images import error_image, find_images, from_uint8, load_image, save_png, tile, to_array, to_pixels, to_uint8
+from flux2.images import (
+    adm_center_crop,
+    error_image,
+    find_images,
+    from_uint8,
+    load_image,
+    save_png,
+    tile,
+    to_array,
+    to_pixels,
+    to_uint8,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -152,6 +163,34 @@ def test_pixels_round_trip_and_round():
     assert torch.equal(from_uint8(to_uint8(x)), x)
     with pytest.raises(ValueError, match=r"expected uint8 \[H, W, 3\]"):
         to_pixels(every.astype(np.float32))
+
+
+def halved(image):
+    """Means of two columns, then of two rows, each rounded half up to 8 bits as PIL does"""
+    x = image.astype(int)
+    x = (x[:, ::2] + x[:, 1::2] + 1) // 2
+    return ((x[::2] + x[1::2] + 1) // 2).astype(np.uint8)
+
+
+def test_adm_s_crop_is_halvings_then_bicubic_then_the_centre():
+    even = RNG.integers(0, 256, (128, 192, 3), dtype=np.uint8)
+    assert np.array_equal(adm_center_crop(even, 32), halved(halved(even))[:, 8:40])  # of 32 x 48
+    turned = np.ascontiguousarray(even.swapaxes(0, 1))
+    assert np.array_equal(adm_center_crop(turned, 32), halved(halved(turned))[8:40])
+    for h, w, size, once, resized, top, left in (
+        (100, 76, 32, True, (42, 32), 5, 0),  # 50 x 38, times 32 / 38: 42.1 x 32
+        (20, 31, 32, False, (32, 50), 0, 9),  # from below: 32 x 49.6
+        (63, 90, 32, False, (32, 46), 0, 7),  # 63 is below twice 32: no halving
+        (64, 91, 33, False, (33, 47), 0, 7),
+    ):
+        image = RNG.integers(60, 196, (h, w, 3), dtype=np.uint8)  # PIL clips after the columns too: no overshoot here
+        expected = torch.from_numpy(halved(image) if once else image).permute(2, 0, 1)[None].float()
+        expected = torch.nn.functional.interpolate(expected, resized, mode="bicubic", antialias=True)[0]
+        expected = expected.permute(1, 2, 0)[top : top + size, left : left + size].clamp(0, 255).round().numpy()
+        assert close(adm_center_crop(image, size), expected, 2)
+    for image, size in ((even.astype(np.float32), 32), (even[..., 0], 32), (even[:0], 32), (even, 0)):
+        with pytest.raises(ValueError, match=r"centre crop: expected uint8 \[H, W, 3\] and a positive size, got"):
+            adm_center_crop(image, size)
 
 
 def test_save_png_is_whole_or_nothing(tmp_path, monkeypatch):

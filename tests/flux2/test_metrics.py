@@ -1,13 +1,16 @@
-"""PSNR and SSIM against computations of their own."""
+"""PSNR and SSIM against computations of their own, LPIPS against the package."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import correlate1d
 
-from flux2.metrics import psnr, ssim
+from flux2.compat import ensure_torchvision
+from flux2.metrics import lpips_distance, psnr, ssim
+from flux2.perceptual import LPIPS
 
 
 def test_psnr_is_per_picture():
@@ -65,3 +68,29 @@ def test_wrong_input_is_named(metric):
         metric(good, good[:, :1])
     with pytest.raises(ValueError, match="equal shapes"):
         metric(good, good[:, :, :12])
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_lpips_of_each_picture_is_the_package_s(net, tmp_path):
+    ensure_torchvision()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import lpips
+
+        theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    ours = LPIPS(net, tmp_path / "w.pth")
+    a = torch.randint(0, 256, (3, 3, 40, 48), dtype=torch.uint8)
+    b = (a.float() * torch.tensor([1, 0.9, 0.4]).view(3, 1, 1, 1)).to(torch.uint8)
+    expected = theirs(a / 127.5 - 1, b / 127.5 - 1).flatten().detach()
+    got = lpips_distance(a, b, ours)
+    assert got.dtype == torch.float32 and got[0] == 0 < got[1] < got[2]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+    loss = ours(a / 127.5 - 1, b / 127.5 - 1)
+    torch.testing.assert_close(got.mean(), loss, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=r"expected uint8 \[N, 3, H, W\], got torch.float32"):
+        lpips_distance(a.float(), b.float(), ours)
+    with pytest.raises(ValueError, match="equal shapes"):
+        lpips_distance(a, b[:, :, :32], ours)
+    with pytest.raises(ValueError, match="sides of at least 32"):
+        lpips_distance(a[..., :31], b[..., :31], ours)
