@@ -230,7 +230,7 @@ def _sentence(letter: str, tests: list[Mapping[str, Any]]) -> str:
         parts.append(text + (f", the opposite for {', '.join(opposite)}" if opposite else ""))
     for t in judged:
         if t["autoencoder"] is None:
-            form, before = {"a": ("{:+.1f} ± {:.1f}%", ""), "b": ("slope {:.2f} ± {:.2f}", "")}.get(
+            form, before = {"a": ("{:+.1f} ± {:.1f}%", ""), "b": ("slope {:+.2f} ± {:.2f}", "")}.get(
                 letter, ("ln ratio {:+.2f} ± {:.2f}", "all, FD averaged over laws: ")
             )
             parts.append(f"{before}{t['verdict']} ({form.format(t['mean'], t['standard_error'])})")

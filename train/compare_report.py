@@ -135,7 +135,8 @@ def _best(summary: dict[str, Any], figures: dict[str, str]) -> str:
     return f"""<h2>Best models</h2>
 {table(*best_table(summary), left=[1, 2])}
 <p>Shifts are train / sampling; a star marks an end of those that were tried: the best may lie beyond.
-{html.escape(orders(summary))} Published: {SOURCE}, gFID on ImageNet 256, not the same measure as {html.escape(label_of(summary))}.</p>"""
+{html.escape(orders(summary))}
+Published: {SOURCE}, gFID on ImageNet 256, not the same measure as {html.escape(label_of(summary))}.</p>"""
 
 
 def _findings(summary: dict[str, Any], figures: dict[str, str]) -> str:
