@@ -6,6 +6,7 @@ Reads the files of `train.compare` and nothing else, finished or not; every numb
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,13 @@ def write_comparison_report(folder: Path) -> Path:
         else:
             path.unlink(missing_ok=True)
             figures[name] = "<p>Nothing to draw yet.</p>"
-    path = folder / "report.html"
-    temporary = path.with_name(f".{path.name}.tmp")
     sections = (_triangle, _curves, _heat_maps, _sensitivity, _best, _findings)
     body = _head(summary) + "\n".join(section(summary, figures) for section in sections)
     body += f"\n<h2>Reconstructions</h2>{_strips(folder, summary)}"
     body += f"\n<h2>Samples of the best models</h2>{_samples(folder, summary)}"
     body += f"\n<h2>Protocol</h2>{table(*protocol(summary), left=[1])}"
+    path = folder / "report.html"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several workers may write it at once
     temporary.write_text(
         page(f"Comparison of autoencoders: {summary['preset'] or folder.name}", body, _yaml(summary["config"]))
     )
@@ -136,7 +137,8 @@ def _best(summary: dict[str, Any], figures: dict[str, str]) -> str:
 {table(*best_table(summary), left=[1, 2])}
 <p>Shifts are train / sampling; a star marks an end of those that were tried: the best may lie beyond.
 {html.escape(orders(summary))}
-Published: {SOURCE}, gFID on ImageNet 256, not the same measure as {html.escape(label_of(summary))}.</p>"""
+Published: {SOURCE}, gFID on ImageNet 256, not the same measure as {html.escape(label_of(summary))}; its FLUX.1 wants
+train shift 1.78 without REPA, 1.00 with it.</p>"""
 
 
 def _findings(summary: dict[str, Any], figures: dict[str, str]) -> str:

@@ -72,7 +72,7 @@ def test_best_of_seeds_is_by_their_mean():
 def test_earlier_checkpoints_do_not_count():
     low = [study.Row(**{**vars(r), "fd": 1e-3}) for r in ROWS if r.nimg == 2000]
     last = [r for r in ROWS if r.nimg == 4000]
-    assert tables(low + last)["best"] == tables(last)["best"] and findings(low + last) == findings(last)
+    assert tables(last + low)["best"] == tables(last)["best"] and findings(last + low) == findings(last)
     curve = tables(low + last)["curves"]["sd"]["best without REPA"]
     assert [point[0] for point in curve] == [2000, 4000] and curve[0][1] == 1e-3
 
@@ -190,6 +190,15 @@ def test_pairs_need_both_sides():
     (c,) = tests_of(findings(holes), "c", "fd", autoencoder="sd")
     assert c["n"] == 4
     assert all(t["verdict"] == "no data" for t in findings(of("sd")) if t["finding"] in "ab")
+    holes = [
+        r for r in ROWS if not ((r.autoencoder, r.law, r.train_shift) == ("sd", "uniform", 1.0) and r.nimg == 4000)
+    ]
+    names = [n for n in study.CHANNELS if n != "sd"]
+    without = slope([study.CHANNELS[n] for n in names], [study.TRAIN[n] for n in names])
+    (b,) = tests_of(findings(holes), "b", "fd")
+    assert b["n"] == 6 and sum(d == pytest.approx(without) for d in b["differences"]) == 2
+    unknown = [study.Row(**{**vars(r), "channels": 0}) if r.autoencoder == "sd" else r for r in ROWS]
+    assert tests_of(findings(unknown), "b", "fd")[0]["differences"] == pytest.approx([without] * 6)
     assert verdicts(findings([]))["a"] == dict.fromkeys(("fd", "fd_tuned", "velocity"), "no data")
 
 
@@ -199,6 +208,13 @@ def test_noise_is_in_the_error_of_pairs():
     assert e["n"] == 45
     assert e["standard_error"] == pytest.approx(100 * 0.1 * math.sqrt(2 / 45), rel=0.4)
     assert abs(e["mean"] + 100 * math.log(0.9)) < 4 * e["standard_error"]
+    (tuned,) = tests_of(findings(rows), "e", "fd_tuned")
+    best = {
+        (law, repa, seed): min(r.fd for r in rows if (r.law, r.repa, r.seed) == (law, repa, seed))
+        for law in study.LAW for repa in study.REPA for seed in range(3)
+    }  # fmt: skip
+    expected = [100 * math.log(fd / best[law, "hog", seed]) for (law, repa, seed), fd in best.items() if repa == "none"]
+    assert sorted(tuned["differences"]) == pytest.approx(sorted(expected)) and tuned["n"] == 9
 
 
 def test_rows_helpers():
