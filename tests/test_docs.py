@@ -11,12 +11,22 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def make_picture():
-    spec = importlib.util.spec_from_file_location("make_picture", ROOT / "docs" / "make_picture.py")
+def script(name):
+    """A program of docs/, as a module"""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def make_picture():
+    return script("make_picture")
+
+
+@pytest.fixture(scope="module")
+def make_comparison():
+    return script("make_comparison")
 
 
 def test_table_is_that_of_the_results(make_picture):
@@ -79,3 +89,61 @@ def test_flow_table_is_that_of_the_results():
             row = " | ".join(f"{mean(key, channels, law, shift):.3f}" for key, shift in keys)
             assert f"| {channels} | {shown} | {row} |" in page
     assert results["environment"]["commit"] in page
+
+
+def test_comparison_tables_are_those_of_the_results(make_comparison):
+    page = (ROOT / "docs/compare.md").read_text()
+    marks = [(m["preset"], m["what"]) for m in make_comparison.MARKED.finditer(page)]
+    assert len(marks) == page.count("<!-- ") / 2 and ("toy", "triangle") in marks
+    assert make_comparison.fill(page) == page
+
+
+def test_comparison_results_follow_from_their_cells():
+    """The committed summaries are what the committed rows say"""
+    from train.compare_rows import rows_from_csv
+    from train.compare_summary import tables
+
+    for path in (ROOT / "benchmarks/results").glob("comparison-*.json"):
+        summary, found = json.loads(path.read_text()), tables(rows_from_csv(path.with_suffix(".csv")))
+        assert summary["verdicts"] == found["verdicts"] and summary["order"] == found["order"], path.name
+        for name, best in found["best"].items():
+            for label, setting in best.items():
+                assert summary["best"][name][label]["fd"] == pytest.approx(setting["fd"], rel=1e-5)
+                assert summary["best"][name][label]["cell"] == setting["cell"]
+        for committed, test in zip(summary["findings"], found["findings"], strict=True):
+            assert committed["n"] == test["n"]
+            assert committed["differences"] == pytest.approx(test["differences"], rel=1e-5, abs=1e-9)
+        for name, factors in found["sensitivity"].items():
+            for factor, change in factors.items():
+                assert summary["sensitivity"][name][factor]["percent"] == pytest.approx(change["percent"], rel=1e-5)
+
+
+def test_comparison_is_copied_and_its_page_filled(make_comparison, tmp_path):
+    import study
+
+    (tmp_path / "docs").mkdir()
+    rows = study.study_rows(names=("flux.2", "flux.2-nosem"), shifts=(1.0, 2.95), repas=("none",), checkpoints=1)
+    folder = study.write_study(tmp_path / "run", rows)
+    page = "".join(
+        f"<!-- toy {what} -->\nNot run yet.\n<!-- /toy {what} -->\n"
+        for what in (*make_comparison.TABLES, *make_comparison.SENTENCES, "pictures")
+    )
+    assert make_comparison.fill(page, tmp_path) == page
+    assert make_comparison.copy_figures(folder, tmp_path) == "toy"
+    filled = make_comparison.fill(page, tmp_path)
+    assert make_comparison.fill(filled, tmp_path) == filled and "Not run yet" not in filled
+    assert "12 of 12 models are done." in filled and "| flux.2 | 4.30 |" in filled
+    assert "| (a) wide and semantic" in filled and "PSNR of flux.2 less that of flux.2-nosem is -0.20 dB" in filled
+    for target in re.findall(r"\]\(([^)]+)\)", filled):
+        assert (tmp_path / "docs" / target).is_file(), target
+    assert len(list((tmp_path / "docs").glob("comparison-toy-*"))) == 4
+    committed = json.loads((tmp_path / "benchmarks/results/comparison-toy.json").read_text())
+    assert "command" not in committed["environment"] and committed["environment"]["commit"] in filled
+    changed = filled.replace("| 4.30 |", "| 4.31 |")
+    assert changed != filled and make_comparison.fill(changed, tmp_path) == filled
+    with pytest.raises(ValueError, match="expected one of triangle, .* in the mark of toy, got 'nonsense'"):
+        make_comparison.fill("<!-- toy nonsense -->\n<!-- /toy nonsense -->", tmp_path)
+    for path in (folder / "results").glob("*.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match="expected a comparison with models that are done"):
+        make_comparison.copy_figures(folder, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Collection
 from pathlib import Path
 
 _STYLE = """
@@ -11,8 +12,10 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 img { width: 100%; image-rendering: auto }
 figure { display: inline-block; margin: 0 0.5% 1em 0; vertical-align: top }
 figcaption { color: #666; font-size: 13px }
-table { border-collapse: collapse } td, th { padding: 0.2em 1em; border-bottom: 1px solid #ddd; text-align: right }
-td:first-child, th:first-child { text-align: left }
+table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
+td, th { padding: 0.2em 0.8em; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child, .left { text-align: left }
+td { white-space: nowrap } td:first-child, td.left { white-space: normal }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px }
 """
 
@@ -27,10 +30,14 @@ def picture(path: Path, caption: str, width: str = "100%") -> str:
     )
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """HTML of a table; cells are escaped."""
+def table(header: list[str], rows: list[list[str]], left: Collection[int] = ()) -> str:
+    """HTML of a table; cells are escaped. left: columns of words beside the first, which are not aligned as numbers."""
     lines = [("th", header), *(("td", row) for row in rows)]
-    text = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) for tag, cells in lines)
+    kind = [' class="left"' if i in left else "" for i in range(len(header))]
+    text = (
+        "".join(f"<{tag}{k}>{html.escape(cell)}</{tag}>" for k, cell in zip(kind, cells, strict=True))
+        for tag, cells in lines
+    )
     return "<table>" + "".join(f"<tr>{row}</tr>" for row in text) + "</table>"
 
 
