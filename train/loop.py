@@ -138,6 +138,14 @@ class Interrupt:
         print(f"\n{signal.Signals(number).name}: finishing the step, then saving (again: leave at once)", flush=True)
 
 
+class Interrupted(Exception):
+    """A signal asked to leave, and what was done so far is saved. `signal` is its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
 class Checkpoints:
     """`folder/step_00000100/` each with safetensors files and config.json, of which the last `keep` stay.
 
