@@ -115,8 +115,8 @@ def warm_start_energies(ae: AutoEncoder, code: LinearCode) -> None:
 
     Their sum, u tanh(u / 2), is even: about |u|, the energy of a component, which says where structure is and in which
     direction whatever its contrast's sign. What a teacher sees can be read from such units linearly, from hidden units
-    of random weights hardly (docs/log.md). Nothing reads them yet, so that the code stays as it is. The first component,
-    a block's brightness, is left out; as many pairs as there are components and room, the rest stays random.
+    of random weights hardly (docs/log.md). Nothing reads them yet, so that the code stays as it is. The first
+    component, a block's brightness, is left out; as many pairs as there are components and room, the rest stays random.
     ValueError if the shapes do not fit.
     """
     if ae.cfg.shortcut != "patch":

@@ -1,8 +1,8 @@
 """One flow model of a comparison: trained on cached latents, judged at checkpoints by velocity loss and samples.
 
-A cell is a run folder: config, log, the newest checkpoint, and evaluations/, one file a judged step. It goes on where it
-was stopped, in training or between two evaluations of a checkpoint, to the same numbers. Data order, timesteps, noise
-and the noise that samples start from depend on the seed alone: cells of one seed are compared in pairs.
+A cell is a run folder: config, log, the newest checkpoint, and evaluations/, one file a judged step. It goes on where
+it was stopped, in training or between two evaluations of a checkpoint, to the same numbers. Data order, timesteps,
+noise and the noise that samples start from depend on the seed alone: cells of one seed are compared in pairs.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ class _Cell:
             velocity_of, labels, (self.latents.channels, grid, grid), steps=judging.sample_steps, shift=shift,
             seed=config.seed, first_index=first, batch=judging.sample_batch, precision=config.precision,
         )  # fmt: skip
-        return decode_uint8(self.latents.ae, z)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            return decode_uint8(self.latents.ae, z)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """One for each judged step; ValueError if a file of them is gone."""
@@ -193,9 +194,9 @@ def train_cell(
     nimg, velocity, bins [10], fd {shift: distance}.
 
     config.precision is "fp32" or "bf16"; config.label_dropout 1 is a model without classes. check: called before each
-    checkpoint and each batch of samples; what it raises passes through. samples.png shows the end at its best shift. The
-    last checkpoint stays: `drop_checkpoints`. Interrupted by a signal, with all saved; FloatingPointError where too many
-    updates in a row were not finite.
+    checkpoint and each batch of samples; what it raises passes through. samples.png shows the end at its best shift.
+    The last checkpoint stays: `drop_checkpoints`. Interrupted by a signal, with all saved; FloatingPointError where too
+    many updates in a row were not finite.
     """
     options = options or FlowOptions()
     start = -(-judging.every // LONGEST_UNSAVED)
@@ -226,4 +227,3 @@ def train_cell(
 def drop_checkpoints(folder: Path) -> None:
     """Frees what a cell's weights take up, once its result is kept elsewhere: without them it would start again."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-

@@ -10,6 +10,7 @@ told by `lost`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -24,10 +25,8 @@ from typing import Any
 def machine() -> str:
     """This machine's name and, on Linux, its boot and process-id namespace: where a process id means something."""
     parts = [socket.gethostname()]
-    try:
+    with contextlib.suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    except OSError:
-        pass
     return " ".join(parts)
 
 
@@ -68,7 +67,7 @@ class Claims:
         return self.folder / f"{name}.json"
 
     def acquire(self, name: str) -> Claim | None:
-        """The claim, now this process's, or None while somebody else holds it. OSError if the folder is not writable."""
+        """The claim, now this process's, or None while another holds it. OSError if the folder cannot be written."""
         token = secrets.token_hex(8)
         fields = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": token}
         fields |= {"machine": self._machine, "started": _started(os.getpid())}
