@@ -373,7 +373,8 @@ def draw_findings(summary: dict[str, Any], path: Path) -> bool:
                 ax.axhline(y - 0.5, color="#cccccc", lw=0.8)
         means = [t["mean"] for t in tests if t["measure"] == measure]
         reach = max((abs(m) for m in means), default=1.0) or 1.0
-        ax.set_xlim(min(0, *means) - 0.6 * reach, max(0, *means) + 0.6 * reach)  # bars of two pairs would set the scale
+        low, high = min([0.0, *means]), max([0.0, *means])  # not the bars': those of two pairs would set the scale
+        ax.set_xlim(low - 0.6 * reach, high + 0.6 * reach)
         ax.axvline(0, color="#555555", lw=1)
         ax.set_title(title)
         ax.set_xlabel("better by, % (log)")
