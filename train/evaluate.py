@@ -28,6 +28,12 @@ def _latents(argv: list[str]) -> int:
     return latent_report.main(argv)
 
 
+def _learnability(argv: list[str]) -> int:
+    from train import learnability
+
+    return learnability.main(argv)
+
+
 def _table(argv: list[str]) -> int:
     import argparse
 
@@ -46,6 +52,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "reconstruct": (_reconstruct, "an autoencoder's reconstructions"),
     "generate": (_generate, "samples of a flow model, or pictures of anyone's"),
     "latents": (_latents, "what an autoencoder's latent is like"),
+    "learnability": (_learnability, "how well a small flow model learns an autoencoder's latents"),
     "table": (_table, "results side by side"),
 }
 
