@@ -204,7 +204,7 @@ def narrow(steps: int, resolution: int = 64) -> dict[str, str]:
     flags = {
         "sd": f"--autoencoder.z-channels 4 {alone}",
         "flux.1": f"--autoencoder.z-channels 16 {alone}",
-        "flux.2": "--autoencoder.z-channels 32 --align-weight 0.05",
+        "flux.2": "--autoencoder.z-channels 32 --align-weight 0.1",
         "flux.2-nosem": f"--autoencoder.z-channels 32 {alone}",
         "rae": f"--preset rae-tiny --autoencoder.resolution {resolution} --resolution {resolution}",
     }
@@ -215,7 +215,7 @@ _ROWS = ("sd", "flux.1", "flux.2", "flux.2-nosem", "rae")
 _TOY = CompareConfig(
     preset="toy",
     autoencoders=_ROWS,
-    training=narrow(100),
+    training=narrow(150),
     laws=LAWS[:2],
     train_shifts=(1.0, 2.95, 6.93),
     sampling_shifts=(1.0, 2.95, 6.93),
@@ -223,18 +223,18 @@ _TOY = CompareConfig(
         preset="toy",
         transformer=TransformerConfig(width=128, depth=4, heads=2, repa_depth=2, time_scale=1000.0),
         batch=32,
-        steps=180,
+        steps=160,
         lr=2e-3,
-        warmup=9,
+        warmup=8,
         final_lr=0.02,
         betas=(0.9, 0.99),
         ema_decays=(0.98,),
         repa_hidden=256,
         label_dropout=1.0,
     ),
-    every=90 * 32,
-    samples=192,
-    sample_steps=12,
+    every=80 * 32,
+    samples=160,
+    sample_steps=10,
     held_out=192,
 )
 

@@ -110,7 +110,7 @@ class Worker:
         self.features: Features = build_features(config.features, config.feature_weights, device)
         self.reference: Moments | None = None
         self.latents: tuple[str, Latents] | None = None  # of the last cell's autoencoder
-        self.began, self.before = time.monotonic(), self.state.counts()[0]
+        self.first: tuple[float, int] | None = None  # when this worker began its first model, and results there were
 
     def work(self) -> None:
         """Does what can be done until all is done or failed. Interrupted by a signal, claims given back."""
@@ -219,6 +219,7 @@ class Worker:
     def _cell(self, cell: Cell, claim: Claim) -> None:
         """Trains and judges a model; its result, or its error, is written."""
         began = time.monotonic()
+        self.first = self.first or (began, self.state.counts()[0])
         result = {"id": cell.id, "status": "done", "cell": dataclasses.asdict(cell), "host": socket.gethostname()}
         run_folder = self.folder / "cells" / cell.id
         try:
@@ -254,7 +255,8 @@ class Worker:
     def _tell(self, result: dict[str, Any]) -> None:
         """One line: how far the whole is, what was found, and how long the rest takes."""
         (done, _), total = self.state.counts(), len(self.state.cells)
-        rate = (time.monotonic() - self.began) / max(1, done - self.before)
+        assert self.first is not None
+        rate = (time.monotonic() - self.first[0]) / max(1, done - self.first[1])
         left = f"about {_duration((total - done) * rate)} left"
         if result["status"] == "done":
             last = result["checkpoints"][-1]
