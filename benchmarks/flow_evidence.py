@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "benchmarks")) if p not in sys.path]
 from flux2 import TransformerConfig, load_autoencoder  # noqa: E402 - after the path
 from flux2.checkpoints import save_json  # noqa: E402
+from flux2.distances import Moments, frechet_distance  # noqa: E402
 from flux2.images import from_uint8  # noqa: E402
 from flux2.losses import laplacian_pyramid  # noqa: E402
 from flux2.samplers import classifier_free  # noqa: E402
@@ -92,13 +93,11 @@ def features(images: Tensor) -> np.ndarray:
     return torch.cat((x.flatten(2).mean(2), x.flatten(2).std(2), *bands), 1).double().numpy()
 
 
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance of the Gaussians fitted to rows: |m - n|^2 + tr(S + T - 2 (S^(1/2) T S^(1/2))^(1/2))."""
-    s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(s)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ t @ root).clip(0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s) + np.trace(t) - 2 * cross)
+def moments(images: Tensor) -> Moments:
+    """Of the features of uint8 [N, 3, R, R]."""
+    found = Moments(18)
+    found.add(torch.from_numpy(features(images)))
+    return found
 
 
 class Latents:
@@ -118,7 +117,7 @@ class Latents:
         with torch.no_grad():
             parts = CropBatches(held_out, **size)[FIXED_STEP].split(32)
             self.held_out = torch.cat([self.ae.encode(from_uint8(p)) for p in parts])
-        self.real = features(CropBatches(train, **{**size, "batch": SAMPLES})[FIXED_STEP])
+        self.real = moments(CropBatches(train, **{**size, "batch": SAMPLES})[FIXED_STEP])
 
 
 def run_cell(latents: Latents, budget: Budget, law: str, shift: float, repa: str, seed: int) -> dict:
@@ -144,7 +143,7 @@ def run_cell(latents: Latents, budget: Budget, law: str, shift: float, repa: str
         shift=SAMPLE_SHIFT,
         seed=seed,
     )
-    distance = frechet(features(decode_uint8(latents.ae, z)), latents.real)
+    distance = frechet_distance(moments(decode_uint8(latents.ae, z)), latents.real)
     seconds = time.process_time() - began
     return {"held_out": loss.mean(), "bins": loss.per_bin().tolist(), "frechet": distance, "cpu_seconds": seconds}
 
