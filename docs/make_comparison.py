@@ -1,11 +1,13 @@
 """Copies a comparison's figures into the repository and writes the tables of docs/compare.md from them.
 
     python docs/make_comparison.py runs/toy      # a finished comparison's folder: its figures, pictures, tables
+    python docs/make_comparison.py learnability  # or the folder of a probe, `train.evaluate learnability`
     python docs/make_comparison.py               # the tables alone, from benchmarks/results
 
 benchmarks/results/comparison-PRESET.json is the comparison's summary.json, comparison-PRESET.csv beside it its
-cells.csv; the pictures are docs/comparison-PRESET-*. In the page, what stands between `<!-- PRESET TABLE -->` and
-`<!-- /PRESET TABLE -->` is written from these, TABLE being one of `TABLES`, `SENTENCES` or `pictures`.
+cells.csv; the pictures are docs/comparison-PRESET-*; learnability-PRESET.json is the probe's. In the page, what stands
+between `<!-- PRESET TABLE -->` and `<!-- /PRESET TABLE -->` is written from these, TABLE being one of `TABLES`,
+`SENTENCES`, `pictures` or `learnability`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 from flux2.images import load_image
 from flux2.tensor_files import load_json, save_json
 from train import compare_tables as tables
+from train import learnability
 from train.compare_report import write_comparison_report
 from train.compare_rows import in_order
 
@@ -46,9 +49,9 @@ MARKED = re.compile(
 NOT_YET = "Not run yet.\n"
 
 
-def results_path(preset: str, root: Path = ROOT) -> Path:
-    """The committed figures of a preset's comparison."""
-    return root / "benchmarks" / "results" / f"comparison-{preset}.json"
+def results_path(preset: str, root: Path = ROOT, kind: str = "comparison") -> Path:
+    """The committed figures of a preset's comparison, or of its learnability probe."""
+    return root / "benchmarks" / "results" / f"{kind}-{preset}.json"
 
 
 def markdown(table: tables.Table) -> str:
@@ -60,13 +63,17 @@ def markdown(table: tables.Table) -> str:
 
 def section(preset: str, what: str, root: Path = ROOT) -> str:
     """What stands between the marks of one table, sentence or the pictures. ValueError on an unknown name."""
-    known = [*TABLES, *SENTENCES, "pictures"]
+    known = [*TABLES, *SENTENCES, "pictures", "learnability"]
     if what not in known:
         raise ValueError(f"docs/compare.md: expected one of {', '.join(known)} in the mark of {preset}, got {what!r}")
-    path = results_path(preset, root)
+    path = results_path(preset, root, "learnability" if what == "learnability" else "comparison")
     if not path.is_file():
         return NOT_YET
     summary = load_json(path)
+    if what == "learnability":
+        said = "; ".join(filter(None, (learnability.protocol(summary), learnability.correlation_words(summary))))
+        picture = f"![Velocity loss and distance of samples against images](learnability-{preset}.png)"
+        return f"{markdown(learnability.table(summary))}\n*{said}.*\n\n{picture}\n"
     if what in TABLES:
         return markdown(TABLES[what](summary))
     if what in SENTENCES:
@@ -104,6 +111,15 @@ def copy_figures(folder: Path, root: Path = ROOT) -> str:
             draw_samples(folder, summary, to)
         else:
             shrink(folder / "figures" / name, to)
+    return preset
+
+
+def copy_probe(folder: Path, root: Path = ROOT) -> str:
+    """A learnability probe's numbers and picture into the repository; its preset."""
+    result = load_json(folder / "learnability.json")
+    preset = result["config"]["preset"]
+    save_json(results_path(preset, root, "learnability"), result)
+    shrink(folder / "learnability.png", root / "docs" / f"learnability-{preset}.png")
     return preset
 
 
@@ -145,11 +161,13 @@ def draw_samples(folder: Path, summary: dict[str, Any], to: Path) -> None:
 
 def main(folders: list[Path]) -> None:
     for folder in folders:
+        probed = (folder / "learnability.json").is_file()
         try:
-            preset = copy_figures(folder)
+            preset = copy_probe(folder) if probed else copy_figures(folder)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
-        print(f"wrote {results_path(preset)} and docs/comparison-{preset}-*")
+        kind = "learnability" if probed else "comparison"
+        print(f"wrote {results_path(preset, kind=kind)} and docs/{kind}-{preset}*")
     page = ROOT / "docs" / "compare.md"
     page.write_text(fill(page.read_text()))
     print(f"wrote the tables of {page}")

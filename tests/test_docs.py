@@ -98,6 +98,16 @@ def test_comparison_tables_are_those_of_the_results(make_comparison):
     assert make_comparison.fill(page) == page
 
 
+def test_prose_about_the_comparison_has_no_number_of_its_own(make_comparison):
+    """Figures in the text of the toy run stand in its tables, too."""
+    page = (ROOT / "docs/compare.md").read_text()
+    section = page[page.index("## Toy") :]
+    prose = make_comparison.MARKED.sub("", section)
+    written = "".join(m["body"] for m in make_comparison.MARKED.finditer(section))
+    numbers = [n.rstrip(".") for n in re.findall(r"(?<![\w.])-?\d+\.\d+", prose)]
+    assert [n for n in numbers if n not in written] == []
+
+
 def test_comparison_results_follow_from_their_cells():
     """The committed summaries are what the committed rows say"""
     from train.compare_rows import rows_from_csv

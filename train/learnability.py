@@ -228,17 +228,37 @@ def shown(measure: Mapping[str, float | None], digits: int = 4) -> str:
     return f"{measure['mean']:.{digits}f}" + ("" if half is None else f" +- {half:.{digits}f}")
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """A line an autoencoder, the best velocity loss first."""
-    label = result["features"]["label"]
-    rows = [("autoencoder", "channels", "shifts", "velocity loss", label)]
-    found = result["autoencoders"]
+def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, a row an autoencoder, the best velocity loss first)."""
+    header = ["autoencoder", "channels", "train / sampling shift", "velocity loss", result["features"]["label"]]
+    rows, found = [], result["autoencoders"]
     for name in sorted(found, key=lambda n: found[n]["points"][-1]["velocity"]["mean"]):
         entry, last = found[name], found[name]["points"][-1]
         shifts = f"{entry['train_shift']:.2f} / {entry['sampling_shift']:.2f}"
-        rows.append((name, str(entry["channels"]), shifts, shown(last["velocity"]), shown(last["fd"], 3)))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        rows.append([name, str(entry["channels"]), shifts, shown(last["velocity"]), shown(last["fd"], 3)])
+    return header, rows
+
+
+def protocol(result: Mapping[str, Any]) -> str:
+    """What was done, in one sentence."""
+    config = result["config"]
+    flow = config["flow"]
+    return (
+        f"{flow['steps'] * flow['batch']:,} images, {flow['law']}, {config['seeds']} seeds, 95 % intervals;"
+        f" {config['samples']} samples of {config['sample_steps']} steps against {config['reference_crops']} crops;"
+        f" features {result['features']['identity']}"
+    )
+
+
+def correlation_words(result: Mapping[str, Any]) -> str:
+    """The rank correlation with a comparison, in one sentence; "" without one."""
+    if not (of := result.get("comparison")):
+        return ""
+    said = ", ".join(
+        f"{words} {'none' if of[m] is None else format(of[m], '.2f')}"
+        for m, words in (("velocity", "velocity loss"), ("fd", result["features"]["label"]))
+    )
+    return f"rank correlation with the comparison's best FD over {of['autoencoders']} autoencoders: {said}"
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
@@ -311,18 +331,14 @@ def learnability(config: ProbeConfig, options: ProbeOptions) -> int:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 128 + interrupted.signal
     plot(result, options.out / "learnability.png")
-    images, law = config.flow.steps * config.flow.batch, config.flow.law
-    print(f"\n{table(result)}")
-    print(
-        f"{images:,} images, {law}, shifts train / sampling, {config.seeds} seeds, 95 % intervals; {config.samples}"
-        f" samples of {config.sample_steps} steps against {reference.count} crops; features {features.identity}"
-    )
     if options.comparison:
         result["comparison"] = correlations(result, Path(options.comparison))
         save_json(file, result)
-        of = result["comparison"]
-        said = ", ".join(f"{m} {'none' if of[m] is None else format(of[m], '.2f')}" for m in ("velocity", "fd"))
-        print(f"rank correlation with the comparison's best FD over {of['autoencoders']} autoencoders: {said}")
+    header, rows = table(result)
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(filter(None, (protocol(result), correlation_words(result)))))
     print(f"{file}\n{options.out / 'learnability.png'}")
     return 0
 
