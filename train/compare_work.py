@@ -10,10 +10,13 @@ import contextlib
 import csv
 import dataclasses
 import io
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -274,7 +277,19 @@ def _duration(seconds: float) -> str:
 
 
 def worker_process(config: CompareConfig, options: CompareOptions, threads: int) -> None:
-    """What a process of --jobs runs: leaves with 0, 2 on bad input, or 128 + signal."""
+    """What a process of --jobs runs: leaves with 0, 2 on bad input, or 128 + signal.
+
+    In a group of its own, so that a terminal's Ctrl-C comes once, through the parent; it leaves when the parent dies.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    if (parent := multiprocessing.parent_process()) is not None:
+
+        def follow() -> None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=follow, daemon=True).start()
     if threads:
         torch.set_num_threads(threads)
     sys.exit(run_worker(config, options))
@@ -282,7 +297,6 @@ def worker_process(config: CompareConfig, options: CompareOptions, threads: int)
 
 def run_worker(config: CompareConfig, options: CompareOptions) -> int:
     """Works until nothing is left; 0, 2 with a line on stderr, or 128 + signal. SIGTERM leaves as Ctrl-C does."""
-    import signal
 
     def leave(number: int, _: Any) -> None:
         raise Interrupted(number)

@@ -149,17 +149,41 @@ def test_broken_autoencoder_fails_its_models_alone(weights, tmp_path):
     assert "bad failed: ValueError" in load_json(folder / "results" / "bad-uniform-1.00-none-0.json")["error"]
 
 
-def test_interruption_gives_claims_back(weights, tmp_path):
-    command = [sys.executable, "-m", "train.compare", *SMALL, *weights, "--out", str(tmp_path), "--name", "small"]
+def started(weights, out, jobs):
+    """A comparison in a process group of its own, once it has a result and claims."""
+    command = [sys.executable, "-m", "train.compare", *SMALL, *weights, "--out", str(out), "--name", "small"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--flow.steps", "40", "--jobs", str(jobs)], env=environment, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "small").glob("results/*.json")) and time.monotonic() < deadline:
+    while not (list(out.glob("small/results/*.json")) and claims(out)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    return process
+
+
+def claims(out):
+    return list(out.glob("small/claims/*.json"))
+
+
+@pytest.mark.parametrize("jobs, number", [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_interruption_gives_claims_back(weights, tmp_path, jobs, number):
+    process = started(weights, tmp_path, jobs)
+    os.killpg(process.pid, number)  # as a terminal does: all of the group
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 143 and "the same command goes on" in said
-    assert not list((tmp_path / "small" / "claims").glob("*.json"))
+    assert process.returncode == 128 + number and "the same command goes on" in said
+    assert not claims(tmp_path)
+
+
+def test_workers_leave_when_their_parent_is_killed(weights, tmp_path):
+    process = started(weights, tmp_path, jobs=2)
+    process.kill()
+    deadline = time.monotonic() + 30
+    while claims(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not claims(tmp_path)
+    process.communicate(timeout=10)
 
 
 def test_presets_count_what_the_article_has():
