@@ -1,6 +1,7 @@
 """Copies a comparison's figures into the repository and writes the tables of docs/compare.md from them.
 
     python docs/make_comparison.py runs/toy      # a finished comparison's folder: its figures, pictures, tables
+    python docs/make_comparison.py NAME=runs/toy # the same, under another name than its preset's
     python docs/make_comparison.py learnability  # or the folder of a probe, `train.evaluate learnability`
     python docs/make_comparison.py               # the tables alone, from benchmarks/results
 
@@ -95,14 +96,19 @@ def fill(text: str, root: Path = ROOT) -> str:
     return MARKED.sub(written, text)
 
 
-def copy_figures(folder: Path, root: Path = ROOT) -> str:
-    """A comparison's numbers and pictures into the repository; its preset. ValueError if there are none."""
+def copy_figures(folder: Path, root: Path = ROOT, preset: str = "") -> str:
+    """A comparison's numbers and pictures into the repository, under `preset`, by default its own; that name.
+
+    ValueError if there are none.
+    """
     write_comparison_report(folder)
     summary = load_json(folder / "summary.json")
-    preset = summary["preset"]
+    preset = preset or summary["preset"]
     if not summary["order"] or not (folder / "cells.csv").is_file():
         raise ValueError(f"{folder}: expected a comparison with models that are done, and cells.csv; got none")
-    summary["environment"].pop("command", None)  # may name folders of the machine
+    summary["environment"].pop("command", None)  # may name folders of the machine, as weights do
+    given = [entry.split("=", 1) for entry in summary["config"].get("weights", [])]
+    summary["config"]["weights"] = [f"{name}={Path(path).name}" for name, path in given]
     save_json(results_path(preset, root), summary)
     shutil.copyfile(folder / "cells.csv", results_path(preset, root).with_suffix(".csv"))
     for name in PICTURES:
@@ -159,11 +165,13 @@ def draw_samples(folder: Path, summary: dict[str, Any], to: Path) -> None:
     figure.savefig(to, dpi=110, pil_kwargs={"quality": 85})
 
 
-def main(folders: list[Path]) -> None:
-    for folder in folders:
+def main(folders: list[str]) -> None:
+    for given in folders:
+        name, _, path = given.rpartition("=")
+        folder = Path(path)
         probed = (folder / "learnability.json").is_file()
         try:
-            preset = copy_probe(folder) if probed else copy_figures(folder)
+            preset = copy_probe(folder) if probed else copy_figures(folder, preset=name)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
         kind = "learnability" if probed else "comparison"
@@ -174,4 +182,4 @@ def main(folders: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main([Path(p) for p in sys.argv[1:]])
+    main(sys.argv[1:])

@@ -147,6 +147,12 @@ def test_comparison_is_copied_and_its_page_filled(make_comparison, tmp_path):
     for target in re.findall(r"\]\(([^)]+)\)", filled):
         assert (tmp_path / "docs" / target).is_file(), target
     assert len(list((tmp_path / "docs").glob("comparison-toy-*"))) == 4
+    header = json.loads((folder / "comparison.json").read_text())
+    header["config"]["weights"] = ["flux.2=/home/someone/runs/mine"]
+    (folder / "comparison.json").write_text(json.dumps(header))
+    assert make_comparison.copy_figures(folder, tmp_path, "longer") == "longer"
+    longer = json.loads((tmp_path / "benchmarks/results/comparison-longer.json").read_text())
+    assert longer["config"]["weights"] == ["flux.2=mine"]  # no folder of anybody's machine
     committed = json.loads((tmp_path / "benchmarks/results/comparison-toy.json").read_text())
     assert "command" not in committed["environment"] and committed["environment"]["commit"] in filled
     changed = filled.replace("| 4.30 |", "| 4.31 |")
