@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from train.sample import FLOW_FORMAT, decode_uint8, generate, grid_of
 
 STREAM_SAMPLE_LABELS = 116  # Philox stream of the classes of samples
 SHEET = 64  # samples shown
-LONGEST_UNSAVED = 2500  # steps between checkpoints at most
+UNSAVED = 2500  # steps between checkpoints, about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Judging:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         shifts = self.sampling_shifts
-        if not shifts or any(s <= 0 for s in shifts) or len({key_of(s) for s in shifts}) < len(shifts):
+        if not shifts or not all(0 < s < math.inf for s in shifts) or len({key_of(s) for s in shifts}) < len(shifts):
             raise ValueError(f"sampling_shifts: expected different numbers above 0, got {shifts}")
 
     def judged(self, steps: int) -> list[int]:
@@ -123,7 +123,8 @@ class _Cell:
         self.judge(step)
 
     def judge(self, step: int) -> None:
-        """Writes the evaluation of the weights as they are, but for what is there already. Interrupted by a signal."""
+        """Writes the evaluation of the weights as they are, but for what is there already. Interrupted by a signal,
+        even one that came when all was written: it would be lost."""
         if step not in self.judging.judged(self.config.steps):
             return
         file = self.file(step)
@@ -140,6 +141,8 @@ class _Cell:
                 if key_of(shift) not in found["fd"]:
                     found["fd"][key_of(shift)] = self._distance(shift, interrupt)
                     save_json(file, found)
+            if interrupt.signal:
+                raise Interrupted(interrupt.signal)
 
     def _distance(self, shift: float, interrupt: Interrupt) -> float:
         """Frechet distance of samples at a shift to the reference."""
@@ -171,12 +174,17 @@ class _Cell:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             return decode_uint8(self.latents.ae, z)
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """One for each judged step; ValueError if a file of them is gone."""
-        steps = self.judging.judged(self.config.steps)
+    def evaluations(self, end: int) -> list[dict[str, Any]]:
+        """One for each judged step up to `end`; ValueError if a file of them is gone."""
+        steps = [s for s in self.judging.judged(self.config.steps) if s <= end]
         if missing := [s for s in steps if not self.file(s).is_file()]:
             raise ValueError(f"{self.run.folder}: no evaluation of step {missing[0]}; remove the folder to train again")
         return [json.loads(self.file(s).read_text()) for s in steps]
+
+
+def save_every(every: int) -> int:
+    """Steps between checkpoints: the divisor of `every` nearest UNSAVED, so that each judged step is one."""
+    return min((d for d in range(1, every + 1) if every % d == 0), key=lambda d: abs(math.log(d / UNSAVED)))
 
 
 def train_cell(
@@ -199,10 +207,8 @@ def train_cell(
     many updates in a row were not finite.
     """
     options = options or FlowOptions()
-    start = -(-judging.every // LONGEST_UNSAVED)
-    save_every = next(judging.every // k for k in count(start) if judging.every % k == 0)
     options = dataclasses.replace(
-        options, out=folder.parent, name=folder.name, resume="auto", save_every=save_every, keep=1
+        options, out=folder.parent, name=folder.name, resume="auto", save_every=save_every(judging.every), keep=1
     )
     made_with = latents.cache.manifest["content"]
     identity = {"autoencoder": made_with["autoencoder"], "pictures": made_with["pictures"]}
@@ -212,13 +218,14 @@ def train_cell(
     run.open(describe(config), device)
     if run.start:
         cell.judge(run.start)
+        cell.evaluations(run.start)  # before more steps are spent
     else:
         shutil.rmtree(folder / "evaluations", ignore_errors=True)  # of weights that are gone
     data = batches(cell.data, run.start, config.steps, workers=config.workers)
     code = run.loop(cell.trainer, data, steps=config.steps, batch=config.batch, save=cell.save, samples=cell.data.names)
     if code is not None:
         raise Interrupted(code - 128)
-    found = cell.evaluations()
+    found = cell.evaluations(config.steps)
     best = min(judging.sampling_shifts, key=lambda s: found[-1]["fd"][key_of(s)])
     save_png(folder / "samples.png", grid_of(cell.samples(best, 0, min(SHEET, judging.samples)), 8))
     return found

@@ -42,19 +42,25 @@ class Crops:
     resolution: int = 64
     """Side, pixels."""
     cached_crops: int = 1024
-    """Crops in the cache, at least, an equal share of each picture; 0 is the centre square of each."""
+    """Crops in the cache, at least, an equal share of each picture, 2 or more; 0 is the centre square of each."""
     crop_scale: tuple[float, float] = (0.7, 1.6)
     """Source pixels per pixel of random crops, drawn log-uniformly."""
     flip: bool = True
     """Also train on mirror images."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("resolution", 1), ("cached_crops", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
+        _ = Augmentation(crop_scale=self.crop_scale)  # checks it
 
     def pictures(self) -> tuple[Pictures, Pictures]:
         """(training, held-out)"""
         return open_pictures(self.data, self.held_out)
 
     def share(self) -> int:
-        """Crops of a picture in the cache."""
-        return max(1, -(-self.cached_crops // len(self.pictures()[0])))
+        """Crops of a picture in the cache: 1 is its centre square, so random crops are 2 or more."""
+        return max(2, -(-self.cached_crops // len(self.pictures()[0]))) if self.cached_crops else 1
 
 
 def fixed_crops(

@@ -85,15 +85,16 @@ class Claims:
 
     def _read(self, name: str) -> _Holder | None:
         try:
-            with self.path(name).open() as file:
+            with self.path(name).open("rb") as file:
                 status = os.fstat(file.fileno())
                 text = file.read()
         except FileNotFoundError:
             return None
         try:
             fields = json.loads(text)
+            _ = int(fields["pid"]), fields["started"]
             return _Holder(fields, str(fields["token"]), status.st_mtime)
-        except (ValueError, KeyError, TypeError):  # its maker has not written it yet, or died before it did
+        except (ValueError, KeyError, TypeError):  # its maker has not written it yet, or died before it did; or damaged
             return _Holder({}, f"unwritten-{status.st_ino}", status.st_mtime)
 
     def _is_stale(self, there: _Holder) -> bool:

@@ -1,9 +1,9 @@
 """One model of a comparison: interrupted anywhere it goes on to the same figures; cells of a seed compare in pairs."""
 
 import dataclasses
+import json
 import os
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ from flux2.distances import frechet_distance
 from flux2.features import build_features
 from flux2.transformer import TransformerConfig
 from train import cell as cells
-from train.cell import Judging, drop_checkpoints, train_cell
-from train.cell_data import FIXED_STEP, Crops, fixed_crops, load_latents, make_latents, reference_moments
+from train.cell import Judging, drop_checkpoints, save_every, train_cell
+from train.cell_data import Crops, load_latents, make_latents, reference_moments
 from train.flow_config import FlowConfig
 from train.loop import Interrupted
 
@@ -64,11 +64,14 @@ def test_judged_at_every_checkpoint_and_at_the_end(whole, latents, features, tmp
     assert JUDGING.judged(7) == [2, 4, 6, 7]
 
 
-def test_interrupted_by_a_signal_in_training_goes_on_to_the_same_bits(whole, latents, features, tmp_path, monkeypatch):
+@pytest.mark.parametrize("last", [2, 3])  # of which 3 ends in a judged checkpoint
+def test_interrupted_by_a_signal_in_training_goes_on_to_the_same_bits(
+    whole, latents, features, tmp_path, monkeypatch, last
+):
     stepped = cells.FlowTrainer.step
 
     def step(self, number, batch):
-        if number == 3:  # a real signal, to this process, between checkpoints
+        if number == last:  # a real signal, to this process, between checkpoints
             os.kill(os.getpid(), signal.SIGINT)
         return stepped(self, number, batch)
 
@@ -76,6 +79,7 @@ def test_interrupted_by_a_signal_in_training_goes_on_to_the_same_bits(whole, lat
     with pytest.raises(Interrupted) as raised:
         train(latents, features, tmp_path / "cell")
     assert raised.value.signal == signal.SIGINT
+    assert [p.name for p in (tmp_path / "cell" / "checkpoints").iterdir()] == [f"step_0000000{last + 1}"]
     monkeypatch.setattr(cells.FlowTrainer, "step", stepped)
     assert train(latents, features, tmp_path / "cell") == whole
 
@@ -94,19 +98,57 @@ def test_stopped_between_two_measurements_goes_on_to_the_same_bits(whole, latent
     assert train(latents, features, tmp_path / "cell") == whole
 
 
-def test_cells_of_a_seed_see_the_same_samples_and_noise(latents, features, tmp_path, monkeypatch):
-    seen = {}
-    stepped = cells.FlowTrainer.step
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after, kept", [(3, ["1.00"]), (5, ["1.00", "3.00"])])  # 5: in the last batch of samples
+def test_interrupted_by_a_signal_between_two_distances_goes_on_to_the_same_bits(
+    whole, latents, features, tmp_path, after, kept, number
+):
+    calls, folder = [0], tmp_path / "cell"
+
+    def check():  # once before the checkpoint, then before 2 batches at each of 2 shifts
+        calls[0] += 1
+        if calls[0] == after:
+            os.kill(os.getpid(), number)
+
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted) as raised:
+        train(latents, features, folder, check=check)
+    assert raised.value.signal == number
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    there = json.loads((folder / "evaluations" / "step_00000002.json").read_text())
+    assert there["fd"] == {k: whole[0]["fd"][k] for k in kept} and there["velocity"] == whole[0]["velocity"]
+    calls[0] = after
+    assert train(latents, features, folder, check=check) == whole
+    assert calls[0] - after == 2 * 5 + 2 * (2 - len(kept))  # what was measured is not measured again
+
+
+def test_cells_of_a_seed_see_the_same_data_and_sample_from_the_same_noise(latents, features, tmp_path, monkeypatch):
+    seen, times = {}, {}
+    stepped, generated = cells.FlowTrainer.step, cells.generate
 
     def step(self, number, batch):
-        seen.setdefault(self.config.law, []).append(batch["mean"].clone())
-        return stepped(self, number, batch)
+        where = self.config.law, self.config.seed
+        seen.setdefault(where, []).extend(v.clone() for _, v in sorted(batch.items()))
+        found = stepped(self, number, batch)
+        times.setdefault(where, []).append(found["velocity"].item())
+        return found
+
+    def generate(velocity_of, labels, *args, **kwargs):  # standing still, samples are the noise they start from
+        where = config.law, kwargs["seed"]
+        seen[where] += [labels.clone(), generated(lambda y: lambda z, t: torch.zeros_like(z), labels, *args, **kwargs)]
+        return generated(velocity_of, labels, *args, **kwargs)
 
     monkeypatch.setattr(cells.FlowTrainer, "step", step)
-    for law in ("uniform", "logit_normal"):
-        train(latents, features, tmp_path / law, dataclasses.replace(FLOW, law=law, steps=2))
-    for a, b in zip(seen["uniform"], seen["logit_normal"], strict=True):
+    monkeypatch.setattr(cells, "generate", generate)
+    for law, seed in (("uniform", 0), ("logit_normal", 0), ("uniform", 1)):
+        config = dataclasses.replace(FLOW, law=law, seed=seed, steps=2, label_dropout=0.5)
+        train(latents, features, tmp_path / f"{law}-{seed}", config)
+    same = list(zip(seen["uniform", 0], seen["logit_normal", 0], strict=True))
+    assert len(same) == 2 * 4 + 2 * 5  # 2 steps of mean, logvar, labels, tokens; 4 batches of samples and the sheet
+    for a, b in same:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert all(not torch.equal(a, b) for a, b in zip(seen["uniform", 0], seen["uniform", 1], strict=True))
+    assert times["uniform", 0] != times["logit_normal", 0]  # the law is another
 
 
 def test_model_aligned_to_a_teacher_is_another(whole, latents, features, tmp_path):
@@ -117,15 +159,47 @@ def test_model_aligned_to_a_teacher_is_another(whole, latents, features, tmp_pat
 def test_another_config_or_a_lost_evaluation_is_refused_by_name(whole, latents, features, tmp_path):
     folder = tmp_path / "cell"
     assert train(latents, features, folder) == whole
-    assert (folder / "samples.png").is_file()
+    sheet = (folder / "samples.png").read_bytes()
     with pytest.raises(ValueError, match="another config; judging.samples: saved 6, now 5"):
         train(latents, features, folder, judging=dataclasses.replace(JUDGING, samples=5))
     (folder / "evaluations" / "step_00000002.json").unlink()
     with pytest.raises(ValueError, match="no evaluation of step 2; remove the folder to train again"):
         train(latents, features, folder)
     drop_checkpoints(folder)
-    assert not (folder / "checkpoints").exists()
-    assert train(latents, features, folder) == whole  # from the start, as the error says
+    assert not list(folder.rglob("*.safetensors")) and (folder / "log.jsonl").is_file()
+    assert (folder / "evaluations" / "step_00000006.json").is_file() and (folder / "samples.png").is_file()
+    drop_checkpoints(folder)  # again, to no harm
+    assert train(latents, features, folder) == whole  # from the start, whatever evaluations there were
+    assert (folder / "samples.png").read_bytes() == sheet
+
+
+def test_lost_evaluation_is_found_before_more_steps_are_spent(latents, features, tmp_path, monkeypatch):
+    calls, folder = [0], tmp_path / "cell"
+
+    def check():
+        calls[0] += 1
+        if calls[0] == 8:  # judging step 4
+            raise RuntimeError("taken over")
+
+    with pytest.raises(RuntimeError, match="taken over"):
+        train(latents, features, folder, check=check)
+    (folder / "evaluations" / "step_00000002.json").unlink()
+    monkeypatch.setattr(cells.FlowTrainer, "step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(ValueError, match=f"{folder}: no evaluation of step 2"):
+        train(latents, features, folder)
+
+
+def test_place_that_cannot_be_written_is_an_error(latents, features, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory"):
+        train(latents, features, tmp_path / "file" / "cell")
+
+
+@pytest.mark.parametrize(
+    "every, saved", [(2, 2), (2500, 2500), (4000, 2000), (10**5, 2500), (5006, 2503), (10007, 10007)]
+)
+def test_judged_steps_are_saved_and_few_others(every, saved):
+    assert save_every(every) == saved
 
 
 def test_distance_is_that_of_the_samples(latents, features, tmp_path, monkeypatch):
@@ -147,31 +221,16 @@ def test_distance_is_that_of_the_samples(latents, features, tmp_path, monkeypatc
     assert found["fd"]["1.00"] == pytest.approx(frechet_distance(moments, latents.reference), rel=1e-9)
 
 
-def test_reference_is_of_crops_that_training_does_not_draw(features):
-    pixels = torch.cat([x for x, _ in fixed_crops(CROPS, CROPS.pictures()[0], [], 70)])
-    again = torch.cat([x for x, _ in fixed_crops(CROPS, CROPS.pictures()[0], [], 70)])
-    assert pixels.shape == (70, 3, 32, 32) and torch.equal(pixels, again)
-    moments = reference_moments(CROPS, features, 70, CPU)
-    rows = features(pixels)["pool"].double().numpy()
-    np.testing.assert_allclose(moments.mean.numpy(), rows.mean(0), atol=1e-12)
-    np.testing.assert_allclose(moments.cov.numpy(), np.cov(rows, rowvar=False), atol=1e-12)
-    assert FIXED_STEP > 400_000  # beyond any training
-
-
-def test_centre_squares_are_of_pictures_spread_evenly():
-    crops = Crops(resolution=16, cached_crops=0)
-    pictures = crops.pictures()[0]
-    names = [Path(p).stem for p in pictures.paths]
-    found = [(x, y) for x, y in fixed_crops(crops, pictures, names, 3)]
-    assert [y.tolist() for _, y in found] == [[0, 3, 6]] and found[0][0].shape == (3, 3, 16, 16)
-    assert len(torch.cat([x for x, _ in fixed_crops(crops, pictures, names, 100)])) == 7
-
-
 @pytest.mark.parametrize(
     "fields, message",
     [
         ({"every": 0}, "every: expected 1 or more, got 0"),
+        ({"samples": 0}, "samples: expected 1 or more, got 0"),
+        ({"sample_steps": -1}, "sample_steps: expected 1 or more, got -1"),
+        ({"sample_batch": 0}, "sample_batch: expected 1 or more, got 0"),
         ({"sampling_shifts": ()}, "sampling_shifts: expected different numbers above 0"),
+        ({"sampling_shifts": (1.0, 0.0)}, "sampling_shifts: expected different numbers above 0"),
+        ({"sampling_shifts": (float("nan"),)}, "sampling_shifts: expected different numbers above 0"),
         ({"sampling_shifts": (1.0, 1.001)}, "sampling_shifts: expected different numbers above 0"),
     ],
 )

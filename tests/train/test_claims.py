@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from train.claims import Claims
+from train.claims import Claims, machine
 
 OLD = 3600.0
 
@@ -61,6 +61,24 @@ def test_one_of_many_takes_over_what_is_stale(tmp_path):
         assert winners(tmp_path) == 1
 
 
+def test_one_of_many_takes_over_what_a_dead_process_held(tmp_path):
+    claims = Claims(tmp_path, stale=60)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    abandon(claims, seconds=0, machine=machine(), pid=dead.pid)
+    assert winners(tmp_path) == 1
+
+
+def test_slow_takeover_leaves_alone_what_is_somebody_elses_by_now(tmp_path):
+    claims = Claims(tmp_path, stale=60)
+    abandon(claims)
+    looked_at = claims._read("work")
+    abandon(claims, seconds=0, token="others")  # taken over between the look and the takeover
+    assert not claims._take_over("work", looked_at, json.dumps({"token": "mine"}))
+    assert json.loads(claims_file(claims).read_text())["token"] == "others"
+    assert [p.name for p in tmp_path.iterdir()] == ["work.json"]
+
+
 def test_held_until_released(tmp_path):
     first, second = Claims(tmp_path, stale=60), Claims(tmp_path, stale=60)
     with first.acquire("work") as claim:
@@ -96,6 +114,40 @@ def test_claim_of_a_dead_process_of_this_machine_is_free_at_once(tmp_path):
     assert Claims(tmp_path, stale=60).acquire("work") is not None
 
 
+def test_process_that_died_or_whose_id_is_anothers_by_now_holds_nothing(tmp_path):
+    claims = Claims(tmp_path, stale=60)
+    mine = {"machine": machine(), "pid": os.getpid()}
+    abandon(claims, seconds=0, **mine, started="another time")
+    assert claims.acquire("work") is not None
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    abandon(claims, "other", seconds=0, machine=machine(), pid=zombie.pid)
+    deadline = time.monotonic() + 10
+    while (taken := claims.acquire("other")) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert taken is not None and zombie.returncode is None  # it was not waited for
+    zombie.wait()
+
+
+def test_holder_that_has_not_learnt_yet_gives_back_nothing_of_the_next(tmp_path):
+    claims = Claims(tmp_path, stale=60)  # touched every 7.5 s
+    with pytest.raises(RuntimeError, match="in the work"), claims.acquire("work") as claim:
+        theirs = abandon(claims, seconds=0)
+        raise RuntimeError("in the work")
+    assert not claim.lost and json.loads(theirs.read_text())["token"] == "theirs"
+
+
+def test_holder_whose_claim_was_deleted_learns_that_it_lost(tmp_path):
+    claims = Claims(tmp_path, stale=0.4)
+    claim = claims.acquire("work")
+    claims_file(claims).unlink()
+    deadline = time.monotonic() + 10
+    while not claim.lost and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert claim.lost
+    claim.release()
+    claim.release()  # again, to no harm
+
+
 def test_holder_touches_its_claim_and_a_slow_one_learns_that_it_lost(tmp_path):
     claims = Claims(tmp_path, stale=0.8)  # touched every 0.1 s
     claim = claims.acquire("work")
@@ -113,14 +165,20 @@ def test_holder_touches_its_claim_and_a_slow_one_learns_that_it_lost(tmp_path):
     assert json.loads(theirs.read_text())["token"] == "theirs"
 
 
-@pytest.mark.parametrize("text", ["", "not json", "[1]", "{}"])
-def test_unwritten_claim_is_somebodys_until_it_is_stale(tmp_path, text):
+HERE = json.dumps({"token": "theirs", "machine": machine()}).encode()  # of this machine, and no process
+
+
+@pytest.mark.parametrize("text", [b"", b"not json", b"[1]", b"{}", b"\xff\xfe\x00\x80", HERE], ids=range(6))
+def test_unwritten_or_corrupt_claim_is_somebodys_until_it_is_stale(tmp_path, text):
     claims = Claims(tmp_path, stale=60)
     path = claims.path("work")
-    path.write_text(text)
-    assert claims.acquire("work") is None
+    path.write_bytes(text)
+    assert claims.acquire("work") is None and claims.held_by(1) == []
     os.utime(path, (time.time() - OLD,) * 2)
-    assert claims.acquire("work") is not None
+    claim = claims.acquire("work")
+    assert claim is not None and json.loads(path.read_text())["pid"] == os.getpid()
+    claim.release()
+    assert not path.exists()
 
 
 def test_takeover_that_died_half_way_is_cleared(tmp_path):
@@ -138,3 +196,18 @@ def test_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         Claims(tmp_path / "file" / "claims", stale=60)
+
+
+def test_folder_that_is_gone_or_cannot_be_written_is_an_error(tmp_path):
+    claims = Claims(tmp_path / "claims", stale=60)
+    claims.folder.rmdir()
+    with pytest.raises(FileNotFoundError):
+        claims.acquire("work")
+    locked = Path("/proc/self")  # where root cannot write either
+    if os.geteuid():
+        locked = tmp_path / "locked"
+        locked.mkdir(mode=0o500)
+    elif not locked.is_dir():
+        pytest.skip("no folder that root cannot write")
+    with pytest.raises(OSError):
+        Claims(locked, stale=60).acquire("work")
