@@ -84,7 +84,6 @@ def test_held_until_released(tmp_path):
     with first.acquire("work") as claim:
         assert second.acquire("work") is None and not claim.lost
         assert second.acquire("other") is not None
-        assert first.held_by(os.getpid()) == ["other", "work"]
         about = json.loads(claims_file(first).read_text())
         assert about["pid"] == os.getpid() and about["host"]
     taken = second.acquire("work")
@@ -173,7 +172,7 @@ def test_unwritten_or_corrupt_claim_is_somebodys_until_it_is_stale(tmp_path, tex
     claims = Claims(tmp_path, stale=60)
     path = claims.path("work")
     path.write_bytes(text)
-    assert claims.acquire("work") is None and claims.held_by(1) == []
+    assert claims.acquire("work") is None
     os.utime(path, (time.time() - OLD,) * 2)
     claim = claims.acquire("work")
     assert claim is not None and json.loads(path.read_text())["pid"] == os.getpid()
