@@ -148,6 +148,8 @@ def test_cells_of_a_seed_see_the_same_data_and_sample_from_the_same_noise(latent
     for a, b in same:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert all(not torch.equal(a, b) for a, b in zip(seen["uniform", 0], seen["uniform", 1], strict=True))
+    first, second, sheet = (seen["uniform", 0][k] for k in (-9, -7, -1))  # noise of a distance's batches, and shown
+    assert torch.equal(torch.cat([first, second]), sheet) and len(sheet) == JUDGING.samples
     assert times["uniform", 0] != times["logit_normal", 0]  # the law is another
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from train.claims import Claims, machine
+from train.claims import Claims, _started, machine
 
 OLD = 3600.0
 
@@ -118,8 +118,10 @@ def test_process_that_died_or_whose_id_is_anothers_by_now_holds_nothing(tmp_path
     mine = {"machine": machine(), "pid": os.getpid()}
     abandon(claims, seconds=0, **mine, started="another time")
     assert claims.acquire("work") is not None
-    zombie = subprocess.Popen([sys.executable, "-c", ""])
-    abandon(claims, "other", seconds=0, machine=machine(), pid=zombie.pid)
+    zombie = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    abandon(claims, "other", seconds=0, machine=machine(), pid=zombie.pid, started=_started(zombie.pid))
+    assert claims.acquire("other") is None
+    zombie.kill()
     deadline = time.monotonic() + 10
     while (taken := claims.acquire("other")) is None and time.monotonic() < deadline:
         time.sleep(0.02)
