@@ -266,7 +266,8 @@ COMPARE_PRESETS: dict[str, CompareConfig] = {
         repa=("none", "dinov2-b"),
         crops=Crops(data="", resolution=256, cached_crops=0),
         flow=FlowConfig(
-            preset="article", transformer=TRANSFORMERS["sit-xl"], batch=256, steps=400_000, lr=1e-4, workers=8
+            preset="article", transformer=TRANSFORMERS["sit-xl"], batch=256, steps=400_000, lr=1e-4, workers=8,
+            accumulate=4,  # for a GPU of 80 GB
         ),
         every=100_000 * 256,
         samples=50_000,

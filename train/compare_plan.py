@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from flux2.autoencoder import AUTOENCODERS, AutoEncoder, AutoencoderConfig
 from flux2.checkpoints import load_autoencoder
 from flux2.rae import RAE, RAEConfig
+from flux2.teachers import TEACHERS, HOGConfig
 from flux2.transformer import SiT
 from train.compare_config import CompareConfig
+from train.compare_rows import NO_REPA
 from train.estimate import step_cost
 from train.vae_config import VaeConfig, parse_vae
 
@@ -66,6 +68,28 @@ def cell_cost(config: CompareConfig, shape: AutoencoderConfig | RAEConfig) -> Co
     return _cost(config, passes, flops)
 
 
+def cached_bytes(config: CompareConfig, shape: AutoencoderConfig | RAEConfig) -> int:
+    """Of one crop in the latent cache of an autoencoder: mean, log-variance but of an RAE, the teacher's tokens."""
+    positions = (config.crops.resolution // shape.multiple) ** 2
+    numbers = positions * shape.latent_channels * (1 if isinstance(shape, RAEConfig) else 2)
+    if config.teacher != NO_REPA:
+        teacher = TEACHERS[config.teacher]
+        if isinstance(teacher, HOGConfig):
+            numbers += positions * 3 * teacher.bins * (shape.multiple // teacher.cell) ** 2
+        else:
+            numbers += positions * teacher.channels
+    return torch.finfo(torch.float16).bits // 8 * numbers * (2 if config.crops.flip else 1)
+
+
+def _disk(config: CompareConfig, crop_bytes: int) -> str:
+    """crop_bytes: of one crop in the caches of all autoencoders."""
+    text = f"latent caches: {crop_bytes / 2**20:,.3g} MiB a crop in all"
+    if not config.crops.data:
+        return f"{text}, {crop_bytes * 10**6 / 2**40:,.2g} TiB for a million pictures"
+    crops = len(config.crops.pictures()[0]) * config.crops.share()
+    return f"{text}, {crop_bytes * crops / 2**30:,.3g} GiB for {crops:,} crops"
+
+
 class _Decoder(torch.nn.Module):
     def __init__(self, ae: AutoEncoder | RAE) -> None:
         super().__init__()
@@ -77,7 +101,7 @@ class _Decoder(torch.nn.Module):
 
 def plan(config: CompareConfig, done: int, failed: int, workers: int) -> str:
     """The lines that are printed first. ValueError where an autoencoder has neither weights nor training."""
-    lines, total, flops, missing = [], 0.0, 0.0, []
+    lines, total, flops, missing, cached = [], 0.0, 0.0, [], 0
     models = len(config.cells()) // len(config.autoencoders)
     for name in config.autoencoders:
         shape, trained = _shape(config, name)
@@ -93,6 +117,7 @@ def plan(config: CompareConfig, done: int, failed: int, workers: int) -> str:
             how = f"trained here: {trained.steps:,} steps of {trained.batch}, about {_hours(cost.seconds)}"
         else:
             how = f"from {config.paths.get(name, f'--weights {name}=PATH (not given yet)')}"
+        cached += cached_bytes(config, shape)
         cell = cell_cost(config, shape)
         total, flops = total + models * cell.seconds, flops + models * cell.flops
         lines.append(
@@ -117,6 +142,7 @@ def plan(config: CompareConfig, done: int, failed: int, workers: int) -> str:
         f"in all {flops / 1e15:,.3g} PFLOP, about {_hours(total)} of one worker: estimated, not measured, at"
         f" {config.tflops:g} TFLOP/s and {config.step_ms:g} ms a pass; about {_hours(total / workers)} with"
         f" {workers} workers, where each is as fast",
+        _disk(config, cached),
         f"done so far: {done} of {len(config.cells())}" + (f", of which {failed} failed" if failed else ""),
     ]
     if missing:
