@@ -77,12 +77,6 @@ class Claims:
                 return None
         return Claim(self, name, token)
 
-    def held_by(self, pid: int) -> list[str]:
-        """Names that a process of this machine holds."""
-        found = ((p.stem, self._read(p.stem)) for p in sorted(self.folder.glob("[!.]*.json")))
-        mine = {"machine": self._machine, "pid": pid}
-        return [name for name, there in found if there and mine.items() <= there.fields.items()]
-
     def _read(self, name: str) -> _Holder | None:
         try:
             with self.path(name).open() as file:

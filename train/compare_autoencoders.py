@@ -37,6 +37,8 @@ def train_autoencoder(config: CompareConfig, name: str, folder: Path, device: to
     from train import vae
 
     flags = config.flags_of(name)
+    if "--precision" not in flags:
+        flags += ["--precision", config.flow.precision]
     flags += ["--out", str(folder / "autoencoders"), "--name", name, "--resume", "auto", "--device", str(device)]
     if code := vae.main([*flags, *(["--compile"] if compile and "--compile" not in flags else [])]):
         if code >= 128:

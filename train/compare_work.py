@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,15 @@ from train.flow_config import FlowOptions
 from train.loop import Interrupted, choose_device, choose_precision
 
 WAIT = 2.0  # seconds between looks at what others do
+DEVICE_LOST = 3  # exit code of a worker whose GPU does not answer any more
 
 
 class Lost(Exception):
     """Another worker took the task over, because this one gave no sign of life for too long."""
+
+
+class DeviceLost(Exception):
+    """After an error the GPU refuses all further work of this process."""
 
 
 class State:
@@ -69,6 +75,19 @@ class State:
         """(results, failures among them)"""
         results = self.results()
         return len(results), sum(r["status"] != "done" for r in results)
+
+    def record_failure(self, name: str, error: str) -> None:
+        """Of a task by its claim's name, unless it is done."""
+        cell = next((c for c in self.cells if c.id == name), None)
+        if cell is None:
+            self._record(self.failure_file(name.removeprefix("autoencoder-")), {"error": error})
+            return
+        result = {"id": cell.id, "status": "failed", "cell": dataclasses.asdict(cell), "host": socket.gethostname()}
+        self._record(self.result_file(cell), {**result, "seconds": 0.0, "error": error})
+
+    def _record(self, path: Path, value: dict[str, Any]) -> None:
+        if not path.is_file():
+            save_json(path, value)
 
     def forget_failures(self) -> None:
         """Removes what failed, so that it is tried again."""
@@ -104,8 +123,11 @@ class State:
 class Worker:
     """One process that works on a comparison; `work` until nothing is left."""
 
-    def __init__(self, config: CompareConfig, options: CompareOptions, device: torch.device) -> None:
-        self.config, self.options, self.device = config, options, device
+    def __init__(
+        self, config: CompareConfig, options: CompareOptions, device: torch.device, tell: Callable[[str], None]
+    ) -> None:
+        """tell: called with the name of each task when it begins, with "" when it has ended."""
+        self.config, self.options, self.device, self.tell = config, options, device, tell
         self.folder = options.folder(config)
         self.state = State(config, self.folder)
         self.claims = Claims(self.folder / "claims", stale=options.stale)
@@ -158,11 +180,22 @@ class Worker:
         with claim:
             if not ready():  # done between the look and the claim
                 return False
+            self.tell(name)
             try:
                 run(claim)
             except Lost:
                 print(f"{name}: taken over by another worker", file=sys.stderr, flush=True)
+            self.tell("")
         return True
+
+    def _check_device(self) -> None:
+        """After an error. DeviceLost where nothing can be computed any more: what comes next would fail as well."""
+        if self.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            raise DeviceLost(str(error)) from None
 
     def _check(self, claim: Claim) -> None:
         if claim.lost:
@@ -179,6 +212,7 @@ class Worker:
             text = f"{type(error).__name__}: {error}"
             save_json(self.state.failure_file(name), {"error": text, "traceback": traceback.format_exc()})
             print(f"{name} failed: {text} (logs/{name}.txt)", flush=True)
+            self._check_device()
 
     @contextlib.contextmanager
     def _printing_to(self, path: Path) -> Iterator[None]:
@@ -245,6 +279,8 @@ class Worker:
         if result["status"] == "done" and not self.options.keep_weights:
             drop_checkpoints(run_folder)
         self._tell(result)
+        if result["status"] != "done":
+            self._check_device()
 
     def _latents(self, name: str) -> Latents:
         if self.latents is None or self.latents[0] != name:
@@ -276,8 +312,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def worker_process(config: CompareConfig, options: CompareOptions, threads: int) -> None:
-    """What a process of --jobs runs: leaves with 0, 2 on bad input, or 128 + signal.
+def worker_process(config: CompareConfig, options: CompareOptions, threads: int, tell: Connection) -> None:
+    """What a process of --jobs runs: leaves as `run_worker` does. tell: takes the names of its tasks.
 
     In a group of its own, so that a terminal's Ctrl-C comes once, through the parent; it leaves when the parent dies.
     """
@@ -292,23 +328,27 @@ def worker_process(config: CompareConfig, options: CompareOptions, threads: int)
         threading.Thread(target=follow, daemon=True).start()
     if threads:
         torch.set_num_threads(threads)
-    sys.exit(run_worker(config, options))
+    sys.exit(run_worker(config, options, tell.send))
 
 
-def run_worker(config: CompareConfig, options: CompareOptions) -> int:
-    """Works until nothing is left; 0, 2 with a line on stderr, or 128 + signal. SIGTERM leaves as Ctrl-C does."""
+def run_worker(config: CompareConfig, options: CompareOptions, tell: Callable[[str], None] = lambda name: None) -> int:
+    """Works until nothing is left; 0, 2 with a line on stderr, DEVICE_LOST, or 128 + signal. SIGTERM leaves as Ctrl-C
+    does. tell: as a Worker's."""
 
     def leave(number: int, _: Any) -> None:
         raise Interrupted(number)
 
     previous = {s: signal.signal(s, leave) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        Worker(config, options, choose_device(options.device)).work()
+        Worker(config, options, choose_device(options.device), tell).work()
         return 0
     except Interrupted as interrupted:
         return 128 + interrupted.signal
     except KeyboardInterrupt:
         return 130
+    except DeviceLost as error:
+        print(f"the GPU does not answer any more: {error}", file=sys.stderr, flush=True)
+        return DEVICE_LOST
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -14,12 +14,13 @@ import pytest
 import torch
 import toy
 
-from flux2.autoencoder import AutoEncoder
+from flux2.autoencoder import AUTOENCODERS, AutoEncoder
 from flux2.checkpoints import save_autoencoder
+from flux2.rae import RAES
 from flux2.tensor_files import load_json
 from train import compare, compare_work
 from train.compare_config import COMPARE_PRESETS, CompareConfig, parse_compare
-from train.compare_plan import cell_cost, plan
+from train.compare_plan import cached_bytes, cell_cost, plan
 from train.compare_rows import read_comparison
 from train.compare_work import State
 
@@ -149,16 +150,14 @@ def test_broken_autoencoder_fails_its_models_alone(weights, tmp_path):
     assert "bad failed: ValueError" in load_json(folder / "results" / "bad-uniform-1.00-none-0.json")["error"]
 
 
-def started(weights, out, jobs):
-    """A comparison in a process group of its own, once it has a result and claims."""
+def started(weights, out, jobs, *flags, results=1):
+    """A comparison in a process group of its own, once it has that many results, and claims."""
     command = [sys.executable, "-m", "train.compare", *SMALL, *weights, "--out", str(out), "--name", "small"]
+    command += ["--flow.steps", "40", "--jobs", str(jobs), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [*command, "--flow.steps", "40", "--jobs", str(jobs)], env=environment, stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
-    while not (list(out.glob("small/results/*.json")) and claims(out)) and time.monotonic() < deadline:
+    while not (len(list(out.glob("small/results/*.json"))) >= results and claims(out)) and time.monotonic() < deadline:
         time.sleep(0.02)
     return process
 
@@ -186,6 +185,32 @@ def test_workers_leave_when_their_parent_is_killed(weights, tmp_path):
     process.communicate(timeout=10)
 
 
+def holder(out, name):
+    """Process that holds a claim, or None."""
+    try:
+        return load_json(out / "small" / "claims" / f"{name}.json").get("pid")
+    except (FileNotFoundError, ValueError):  # given back, or about to be written
+        return None
+
+
+def test_a_model_that_workers_die_of_fails_alone(weights, tmp_path):
+    """Killed under two workers; a third takes their place, and the rest is done"""
+    process = started(weights, tmp_path, 2, "--train-shifts", "1", "--repa", "none", results=0)
+    name, killed = "wide-uniform-1.00-none-0", set()
+    deadline = time.monotonic() + 120
+    while len(killed) < 2 and time.monotonic() < deadline and process.poll() is None:
+        pid = holder(tmp_path, name)
+        time.sleep(0.1)  # it has said so by then, and is far from the end
+        if pid and pid not in killed:
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+    said = process.communicate(timeout=120)[0]
+    assert said.count(f"a worker died of SIGKILL at {name}") == 2, said
+    assert process.returncode == 1 and "1 of 2 models done, 1 failed" in said
+    failed = load_json(tmp_path / "small" / "results" / f"{name}.json")
+    assert failed["error"] == "2 workers died of it, the last of SIGKILL; was there enough memory?"
+
+
 def test_presets_count_what_the_article_has():
     article = COMPARE_PRESETS["article"]
     per_autoencoder = [c for c in article.cells() if c.autoencoder == "flux.2"]
@@ -204,6 +229,30 @@ def test_plans_print_cells_images_and_hours(preset):
     models = len(config.autoencoders) * len(config.laws) * len(config.train_shifts) * 2 * len(config.seeds)
     assert f"= {models} models" in text and "estimated, not measured" in text
     assert ("weights missing: sd, flux.1" in text) == (preset == "article")
+    assert ("latent caches: 5.16 MiB a crop in all, 4.9 TiB for a million pictures" in text) == (preset == "article")
+
+
+def test_what_the_caches_take():
+    article = COMPARE_PRESETS["article"]
+    latent = 2 * 2 * 2 * 16 * 16 * 128  # mean and log-variance, with mirror images, in fp16
+    assert cached_bytes(article, AUTOENCODERS["flux.2"]) == latent + 2 * 2 * 16 * 16 * 768  # and DINOv2-B's tokens
+    assert cached_bytes(article, RAES["rae"]) == 2 * (2 * 2 * 16 * 16 * 768)
+
+
+def test_precision_of_a_comparison_is_that_of_who_began_it(whole, weights, capsys):
+    """Machines that compute in different precisions do not work on one comparison"""
+    assert load_json(whole / "comparison.json")["config"]["flow"]["precision"] == "fp32"
+    command = [*SMALL, *weights, "--out", str(whole.parent), "--name", "small", "--flow.precision", "bf16"]
+    assert compare.main(command) == 2
+    assert "another config; flow.precision: saved fp32, now bf16" in capsys.readouterr().err
+
+
+def test_automatic_precision_is_resolved_before_it_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "run_worker", lambda config, options: 0)
+    monkeypatch.setattr(compare, "choose_precision", lambda precision, device: f"of {device}, not {precision}")
+    assert compare.main(["--out", str(tmp_path), "--device", "cpu", "--jobs", "1"]) == 0
+    saved = load_json(tmp_path / "compare-toy" / "comparison.json")["config"]
+    assert saved["flow"]["precision"] == "of cpu, not auto"
 
 
 def test_cost_of_a_model_grows_with_what_it_is_made_of():
