@@ -233,6 +233,30 @@ def test_plans_print_cells_images_and_hours(preset):
     models = len(config.autoencoders) * len(config.laws) * len(config.train_shifts) * 2 * len(config.seeds)
     assert f"= {models} models" in text and "estimated, not measured" in text
     assert ("weights missing: sd, flux.1" in text) == (preset == "article")
+    assert ("latent caches: 5.16 MiB a crop in all, 4.9 TiB for a million pictures" in text) == (preset == "article")
+
+
+def test_what_the_caches_take():
+    article = COMPARE_PRESETS["article"]
+    latent = 2 * 2 * 2 * 16 * 16 * 128  # mean and log-variance, with mirror images, in fp16
+    assert cached_bytes(article, AUTOENCODERS["flux.2"]) == latent + 2 * 2 * 16 * 16 * 768  # and DINOv2-B's tokens
+    assert cached_bytes(article, RAES["rae"]) == 2 * (2 * 2 * 16 * 16 * 768)
+
+
+def test_precision_of_a_comparison_is_that_of_who_began_it(whole, weights, capsys):
+    """Machines that compute in different precisions do not work on one comparison"""
+    assert load_json(whole / "comparison.json")["config"]["flow"]["precision"] == "fp32"
+    command = [*SMALL, *weights, "--out", str(whole.parent), "--name", "small", "--flow.precision", "bf16"]
+    assert compare.main(command) == 2
+    assert "another config; flow.precision: saved fp32, now bf16" in capsys.readouterr().err
+
+
+def test_automatic_precision_is_resolved_before_it_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "run_worker", lambda config, options: 0)
+    monkeypatch.setattr(compare, "choose_precision", lambda precision, device: f"of {device}, not {precision}")
+    assert compare.main(["--out", str(tmp_path), "--device", "cpu", "--jobs", "1"]) == 0
+    saved = load_json(tmp_path / "compare-toy" / "comparison.json")["config"]
+    assert saved["flow"]["precision"] == "of cpu, not auto"
 
 
 def test_plan_says_what_the_caches_take():
