@@ -259,30 +259,6 @@ def test_automatic_precision_is_resolved_before_it_is_saved(tmp_path, monkeypatc
     assert saved["flow"]["precision"] == "of cpu, not auto"
 
 
-def test_plan_says_what_the_caches_take():
-    article = COMPARE_PRESETS["article"]
-    latent = 2 * 2 * 2 * 16 * 16 * 128  # mean and log-variance, with mirror images, in fp16
-    assert cached_bytes(article, AUTOENCODERS["flux.2"]) == latent + 2 * 2 * 16 * 16 * 768  # and DINOv2-B's tokens
-    assert cached_bytes(article, RAES["rae"]) == 2 * (2 * 2 * 16 * 16 * 768)
-    assert "latent caches: 5.16 MiB a crop in all, 4.9 TiB for a million pictures" in plan(article, 0, 0, 1)
-
-
-def test_precision_of_a_comparison_is_that_of_who_began_it(whole, weights, capsys):
-    """Machines that compute in different precisions do not work on one comparison"""
-    assert load_json(whole / "comparison.json")["config"]["flow"]["precision"] == "fp32"
-    command = [*SMALL, *weights, "--out", str(whole.parent), "--name", "small", "--flow.precision", "bf16"]
-    assert compare.main(command) == 2
-    assert "another config; flow.precision: saved fp32, now bf16" in capsys.readouterr().err
-
-
-def test_automatic_precision_is_resolved_before_it_is_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "run_worker", lambda config, options: 0)
-    monkeypatch.setattr(compare, "choose_precision", lambda precision, device: f"of {device}, not {precision}")
-    assert compare.main(["--out", str(tmp_path), "--device", "cpu", "--jobs", "1"]) == 0
-    saved = load_json(tmp_path / "compare-toy" / "comparison.json")["config"]
-    assert saved["flow"]["precision"] == "of cpu, not auto"
-
-
 def test_cost_of_a_model_grows_with_what_it_is_made_of():
     config = COMPARE_PRESETS["toy"]
     shape = toy.toy().autoencoder
