@@ -23,6 +23,7 @@ from flux2.features import Features, build_features
 from flux2.schedules import auto_shifts
 from flux2.tensor_files import load_json, save_json
 from flux2.transformer import TRANSFORMERS, TransformerConfig
+from train.cache import hash_of_pictures
 from train.cell import Judging, key_of, train_cell
 from train.cell_data import Crops, load_latents, make_latents, reference_moments
 from train.configs import differences, parse, to_dict
@@ -300,6 +301,17 @@ def correlations(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {"autoencoders": count, **{m: None if math.isnan(v) else v for m, v in found.items()}}
 
 
+def behind_config(config: ProbeConfig, features: Features, device: torch.device) -> dict[str, Any]:
+    """What figures depend on and a config only names: features, pictures, precision. They too must be the same in all
+    rows of a table."""
+    training, held_out = (hash_of_pictures(p, config.crops.data) for p in config.crops.pictures())
+    return {
+        "features": {"name": features.name, "label": features.label, "identity": features.identity},
+        "pictures": {"training": training, "held_out": held_out},
+        "precision": choose_precision(config.flow.precision, device),
+    }
+
+
 def learnability(config: ProbeConfig, options: ProbeOptions) -> int:
     """Runs the probe; the exit code."""
     device = choose_device(options.device)
@@ -311,11 +323,16 @@ def learnability(config: ProbeConfig, options: ProbeOptions) -> int:
     before = load_json(file) if file.is_file() else None
     if before and (changed := differences(before["config"], to_dict(config))):
         raise ValueError(f"{options.out} was made with another config; " + "; ".join(changed))
+    made_with = behind_config(config, features, device)
+    known = before or {}
+    there = [k for k in made_with if k in known]  # results of older versions have the features only
+    if changed := differences({k: known[k] for k in there}, {k: made_with[k] for k in there}):
+        raise ValueError(f"{options.out} was made with other things of the same names; " + "; ".join(changed))
     machine = environment(device)
     machine.pop("command", None)  # may name folders of the machine
     result: dict[str, Any] = {
         "config": to_dict(config),
-        "features": {"name": features.name, "label": features.label, "identity": features.identity},
+        **made_with,
         "environment": machine,
         "autoencoders": dict(before["autoencoders"]) if before else {},
     }

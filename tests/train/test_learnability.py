@@ -2,15 +2,21 @@
 
 import dataclasses
 import math
+import os
 
+import numpy as np
 import pytest
 import torch
 import toy
+import yaml
 
 from flux2.autoencoder import AutoEncoder
 from flux2.checkpoints import save_autoencoder
+from flux2.features import build_features
+from flux2.images import save_png
+from flux2.schedules import auto_shifts
 from flux2.tensor_files import load_json, save_json
-from train import evaluate
+from train import evaluate, learnability
 from train.learnability import (
     PROBE_PRESETS,
     ProbeOptions,
@@ -18,6 +24,7 @@ from train.learnability import (
     named_paths,
     rank_correlation,
     summary,
+    table,
 )
 
 SMALL = ["--flow.transformer.width", "32", "--flow.transformer.depth", "2", "--flow.transformer.heads", "2",
@@ -57,6 +64,18 @@ def test_summary_is_over_seeds():
     assert point["bins"] == [2.0, 0.0]
 
 
+def test_table_is_ordered_by_velocity_loss():
+    measures = {"x": (0.9, 1.0), "y": (0.2, 3.0), "z": (0.5, 2.0)}
+    entries = {
+        n: {"channels": 4, "train_shift": 1.0, "sampling_shift": 2.95, "points": summary([[
+            {"nimg": 8, "velocity": v, "fd": fd, "bins": [v]}]])}
+        for n, (v, fd) in measures.items()
+    }  # fmt: skip
+    header, rows = table({"features": {"label": "FD-HOG"}, "autoencoders": entries})
+    assert [r[0] for r in rows] == ["y", "z", "x"] and header[-1] == "FD-HOG"
+    assert rows[0][1:] == ["4", "1.00 / 2.95", "0.2000", "3.000"]
+
+
 @pytest.fixture(scope="module")
 def autoencoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("autoencoders")
@@ -94,6 +113,9 @@ def test_small_probe_goes_on_and_correlates_with_a_comparison(autoencoders, tmp_
     assert evaluate.main([*command, "--comparison", str(compared)]) == 0
     second = load_json(out / "learnability.json")
     assert {n: second["autoencoders"][n]["seeds"] for n in "ab"} == {n: first["autoencoders"][n]["seeds"] for n in "ab"}
+    shift = auto_shifts(32)[0]
+    trained = yaml.safe_load((out / "models" / "c-0" / "config.yaml").read_text())
+    assert shift > 1 and second["autoencoders"]["c"]["train_shift"] == trained["shift"] == shift
     velocity["c"] = second["autoencoders"]["c"]["points"][-1]["velocity"]["mean"]
     expected = rank_correlation(velocity, {"a": 0, "b": 1, "c": 2})
     assert second["comparison"]["velocity"] == pytest.approx(expected) and second["comparison"]["autoencoders"] == 3
@@ -101,6 +123,35 @@ def test_small_probe_goes_on_and_correlates_with_a_comparison(autoencoders, tmp_
 
     assert evaluate.main([*command, "--comparison", str(compared), "--samples", "7"]) == 2
     assert "another config; samples: saved 6, now 7" in capsys.readouterr().err
+
+
+def test_other_features_or_pictures_do_not_join_a_table(autoencoders, tmp_path, capsys, monkeypatch):
+    """Regression: with the same names in the config, rows were put beside those of other features or pictures."""
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    for i in range(4):
+        save_png(pictures / f"{i}.png", np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    command = ["learnability", *SMALL, "--seeds", "1", "--crops.data", str(pictures), "--out", str(out)]
+    assert evaluate.main([*command, "--autoencoder", str(autoencoders / "a.safetensors")]) == 0
+    saved = (out / "learnability.json").read_bytes()
+    command += ["--autoencoder", str(autoencoders / "b.safetensors")]
+
+    def others(*args):
+        features = build_features(*args)
+        features.identity = "hog-others"
+        return features
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learnability, "build_features", others)
+        assert evaluate.main(command) == 2
+    assert "features.identity: saved hog-v1, now hog-others" in capsys.readouterr().err
+    for number, words in ((0, "pictures.held_out: saved"), (1, "pictures.training: saved")):  # the first is held out
+        time = (pictures / f"{number}.png").stat().st_mtime_ns
+        os.utime(pictures / f"{number}.png", ns=(time + 10**9,) * 2)
+        assert evaluate.main(command) == 2
+        assert words in capsys.readouterr().err
+        os.utime(pictures / f"{number}.png", ns=(time,) * 2)
+    assert (out / "learnability.json").read_bytes() == saved and not (out / "latents" / "b").exists()
 
 
 def test_errors_name_what_was_expected(tmp_path, capsys):
