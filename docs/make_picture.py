@@ -54,7 +54,8 @@ def table() -> str:
     for label, row in rows.items():
         lines.append(f"| {label} | {row['numbers_per_crop']:,} | {row['psnr_db']:.2f} | {row['ssim']:.4f} |")
     env = runs["photos-long"]["environment"]
-    machine = f"{env['processor']}, {env['threads']} threads, torch {env['packages']['torch']}, commit {env['commit']}."
+    commits = " and ".join(dict.fromkeys(run["environment"]["commit"] for run in runs.values()))
+    machine = f"{env['processor']}, {env['threads']} threads, torch {env['packages']['torch']}, commit {commits}."
     return "\n".join([*lines, "", machine]) + "\n"
 
 

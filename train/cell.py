@@ -24,7 +24,6 @@ from flux2.features import Features
 from flux2.images import save_png
 from flux2.samplers import Velocity, classifier_free
 from flux2.tensor_files import save_json
-from kernels.philox import uniform
 from train.cell_data import Latents
 from train.configs import describe, to_dict
 from train.data import batches
@@ -33,9 +32,8 @@ from train.flow_data import CachedLatents
 from train.flow_trainer import FlowTrainer, validate
 from train.loop import Interrupt, Interrupted
 from train.run import Run
-from train.sample import FLOW_FORMAT, decode_uint8, generate, grid_of
+from train.sample import FLOW_FORMAT, decode_uint8, generate, grid_of, random_labels
 
-STREAM_SAMPLE_LABELS = 116  # Philox stream of the classes of samples
 SHEET = 64  # samples shown
 UNSAVED = 2500  # steps between checkpoints, about
 
@@ -160,8 +158,7 @@ class _Cell:
         model, judging, config = self.trainer.ema, self.judging, self.config
         labels = torch.zeros(num, dtype=torch.int64, device=self.device)
         if self.classes:
-            u = uniform(config.seed, 0, first, num, 1, STREAM_SAMPLE_LABELS, self.device)[:, 0]
-            labels = (u * len(self.classes)).long()
+            labels = random_labels(len(self.classes), num, seed=config.seed, first_index=first).to(self.device)
         grid = self.latents.held_out.shape[-1]
 
         def velocity_of(y: Tensor) -> Velocity:

@@ -123,9 +123,7 @@ class Latents:
     labels: Tensor
     """Their classes, int64 [N]; len(cache.classes) for those of none."""
     reference: Moments
-    """Features that samples are measured against."""
-    num: int
-    """Pictures in it."""
+    """Of features that samples are measured against."""
 
 
 def make_latents(
@@ -172,7 +170,6 @@ def load_latents(path: str, folder: Path, reference: Moments, device: torch.devi
         held_out=tensors["latents"].to(device),
         labels=tensors["labels"].to(device),
         reference=reference,
-        num=reference.count,
     )
 
 

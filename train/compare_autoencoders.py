@@ -19,12 +19,12 @@ from flux2.teachers import build_teacher
 from train.cell_data import PROBE_STEP, Crops, encode, fixed_crops, make_latents
 from train.compare_config import CompareConfig
 from train.compare_rows import NO_REPA
+from train.latent_report import compression
 from train.loop import Interrupted
 from train.vae import reconstruct_uint8
 
 PROBE_CROPS = 512  # training crops that the probe is fitted on, at most
 SHOWN = 8  # pictures of a strip
-LATENT_BITS = 16  # of a latent number, in bf16
 
 
 def weights_of(config: CompareConfig, name: str, folder: Path) -> str:
@@ -71,13 +71,10 @@ def measure_autoencoder(
     tokens, tokens_test = (
         torch.cat([teacher(from_uint8(part.to(device))).cpu() for part in images.split(64)]) for images in (fitted, x)
     )
-    covered, channels = ae.cfg.multiple**2, ae.cfg.latent_channels
     figures = {
         "name": name,
-        "channels": channels,
+        **compression(ae),
         "tokens": (crops.resolution // ae.cfg.multiple) ** 2,
-        "pixels_per_token": covered,
-        "bits_per_pixel": channels * LATENT_BITS / covered,
         "psnr": psnr(x, recon).mean().item(),
         "ssim": float(ssim(x, recon).mean()),
         "rfd": frechet_distance(*moments),

@@ -141,10 +141,10 @@ class CompareConfig:
         axes = product(self.seeds, self.autoencoders, self.laws, self.train_shifts, self.repa)
         return [Cell(autoencoder=a, law=law, train_shift=s, repa=r, seed=seed) for seed, a, law, s, r in axes]
 
-    def flow_of(self, cell: Cell, precision: str) -> FlowConfig:
-        """How a cell's model is trained; precision: "fp32" or "bf16"."""
+    def flow_of(self, cell: Cell) -> FlowConfig:
+        """How a cell's model is trained."""
         return dataclasses.replace(
-            self.flow, law=cell.law, shift=cell.train_shift, repa=cell.repa, seed=cell.seed, precision=precision,
+            self.flow, law=cell.law, shift=cell.train_shift, repa=cell.repa, seed=cell.seed,
             data=self.crops.data, held_out=self.crops.held_out, resolution=self.crops.resolution,
         )  # fmt: skip
 

@@ -36,7 +36,7 @@ from train.compare_autoencoders import prepare_autoencoder, weights_of
 from train.compare_config import Cell, CompareConfig, CompareOptions
 from train.compare_rows import Row
 from train.flow_config import FlowOptions
-from train.loop import Interrupted, choose_device, choose_precision
+from train.loop import Interrupted, choose_device
 
 WAIT = 2.0  # seconds between looks at what others do
 DEVICE_LOST = 3  # exit code of a worker whose GPU does not answer any more
@@ -131,7 +131,6 @@ class Worker:
         self.folder = options.folder(config)
         self.state = State(config, self.folder)
         self.claims = Claims(self.folder / "claims", stale=options.stale)
-        self.precision = choose_precision(config.flow.precision, device)
         self.features: Features = build_features(config.features, config.feature_weights, device)
         self.reference: Moments | None = None
         self.latents: tuple[str, Latents] | None = None  # of the last cell's autoencoder
@@ -265,7 +264,7 @@ class Worker:
                     raise RuntimeError(f"{need} failed: {load_json(failure)['error']}")
             with self._printing_to(run_folder / "output.txt"):
                 result["checkpoints"] = train_cell(
-                    self.config.flow_of(cell, self.precision), self._latents(cell.autoencoder), self.config.judging,
+                    self.config.flow_of(cell), self._latents(cell.autoencoder), self.config.judging,
                     self.features, folder=run_folder, device=self.device, check=lambda: self._check(claim),
                     options=FlowOptions(compile=self.options.compile, device=str(self.device)),
                 )  # fmt: skip

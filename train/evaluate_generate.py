@@ -13,15 +13,13 @@ from torch import Tensor
 from flux2.features import Features, build_features
 from flux2.images import find_images, save_png
 from flux2.samplers import Velocity, classifier_free
-from kernels.philox import uniform
 from train.data import Augmentation
 from train.evaluation import PHOTOGRAPHS, CommonConfig, distances, finish
 from train.loop import Checkpoints, choose_device, choose_precision
 from train.picture_sets import FolderPictures, NpzPictures, PictureSet, TrainingCrops
 from train.references import Collected, Reference, adm_reference, load_reference, reference_of, watched
-from train.sample import FlowModel, chosen_labels, decode_uint8, generate, grid_of, load_flow
+from train.sample import FlowModel, chosen_labels, decode_uint8, generate, grid_of, load_flow, random_labels
 
-STREAM_RANDOM_LABELS = 116  # Philox stream of the classes that samples are drawn of
 SHEET = 64  # pictures of a sheet of samples
 
 DESCRIPTION = """Measure samples against reference pictures: gFID, sFID, KID, inception score, precision and recall.
@@ -97,8 +95,7 @@ class Samples(PictureSet):
         if config.balanced:
             self.labels = chosen_labels(flow.classes, (), self.count)
         else:
-            draws = uniform(config.seed, 0, 0, self.count, 1, stream=STREAM_RANDOM_LABELS)[:, 0]
-            self.labels = (draws.double() * num).long()
+            self.labels = random_labels(num, self.count, seed=config.seed)
         self.labels = self.labels.to(device)
 
     def side(self) -> int:

@@ -129,12 +129,13 @@ def rank_correlation(a: Mapping[str, float], b: Mapping[str, float]) -> float:
     names = [n for n in a if n in b]
     if len(names) < 3:
         return math.nan
-    from scipy.stats import rankdata
+    from scipy.stats import spearmanr
 
-    x, y = (rankdata([values[n] for n in names]) for values in (a, b))
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+    x, y = ([values[n] for n in names] for values in (a, b))
+    if len(set(x)) == 1 or len(set(y)) == 1:
         return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
+    found: Any = spearmanr(x, y)  # has no types
+    return float(found.statistic)
 
 
 def named_paths(options: ProbeOptions) -> dict[str, str]:

@@ -19,12 +19,12 @@ from flux2.rae import RAE
 from flux2.samplers import SAMPLERS, Velocity, autoguidance, classifier_free
 from flux2.schedules import sampling_times
 from flux2.transformer import SiT, TransformerConfig
-from kernels.philox import normal
+from kernels.philox import normal, uniform
 from train.flow_config import sampling_shift
 from train.loop import Checkpoints, choose_device, choose_precision
 
 FLOW_FORMAT = "flux2-tokenizer flow"  # names the checkpoints of train.flow
-STREAM_SAMPLES = 115  # Philox stream of the noise that sampling starts from
+STREAM_SAMPLES, STREAM_LABELS = 115, 116  # Philox streams of the noise that sampling starts from, and of classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +189,12 @@ def chosen_labels(classes: list[str], chosen: tuple[str, ...], num: int) -> Tens
             shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
             raise ValueError(f"classes: expected {shown}, a number below {len(classes)}, or none, got {name!r}")
     return torch.tensor([labels[i * len(labels) // num] for i in range(num)])
+
+
+def random_labels(num_classes: int, num: int, *, seed: int, first_index: int = 0) -> Tensor:
+    """int64 [num] in [0, num_classes): classes at random, label i a function of (seed, first_index + i) alone."""
+    u = uniform(seed, 0, first_index, num, 1, stream=STREAM_LABELS)[:, 0]
+    return (u.double() * num_classes).long()
 
 
 def sample(config: SampleConfig) -> int:
