@@ -142,7 +142,7 @@ def test_latents_are_kept_and_what_is_missing_is_made_again(autoencoders, tmp_pa
     with torch.no_grad():
         expected = found.ae.encode(pixels.float() / 127.5 - 1)
     torch.testing.assert_close(found.held_out, expected, rtol=1e-5, atol=1e-5)
-    assert (found.channels, found.num, len(found.cache)) == (8, 9, 14)
+    assert (found.channels, found.reference.count, len(found.cache)) == (8, 9, 14)
     assert found.labels.tolist() == [len(found.cache.classes)] * 5  # held-out photographs are of no class
     assert not any(p.requires_grad for p in found.ae.parameters())
 
