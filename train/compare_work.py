@@ -120,14 +120,61 @@ class State:
         return path
 
 
+class Leaving:
+    """SIGINT and SIGTERM raise Interrupted where they come; inside `held` at its end, or in a `free` part of it."""
+
+    def __init__(self) -> None:
+        self._held, self._signal = False, 0
+
+    def __enter__(self) -> Leaving:
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        self._signal = number
+        if not self._held:
+            raise Interrupted(number)
+
+    def _set(self, held: bool) -> None:
+        self._held = held
+        if self._signal and not held:
+            raise Interrupted(self._signal)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        self._held = True
+        try:
+            yield
+        finally:
+            self._set(False)
+
+    @contextlib.contextmanager
+    def free(self) -> Iterator[None]:
+        """A part of `held` in which signals raise."""
+        try:
+            self._set(False)
+            yield
+        finally:
+            self._held = True
+
+
 class Worker:
     """One process that works on a comparison; `work` until nothing is left."""
 
     def __init__(
-        self, config: CompareConfig, options: CompareOptions, device: torch.device, tell: Callable[[str], None]
+        self,
+        config: CompareConfig,
+        options: CompareOptions,
+        device: torch.device,
+        tell: Callable[[str], None],
+        leaving: Leaving,
     ) -> None:
         """tell: called with the name of each task when it begins, with "" when it has ended."""
-        self.config, self.options, self.device, self.tell = config, options, device, tell
+        self.config, self.options, self.device, self.tell, self.leaving = config, options, device, tell, leaving
         self.folder = options.folder(config)
         self.state = State(config, self.folder)
         self.claims = Claims(self.folder / "claims", stale=options.stale)
@@ -174,17 +221,21 @@ class Worker:
 
     def _try(self, name: str, ready: Callable[[], bool], run: Callable[[Claim], None]) -> bool:
         """Whether the task was this worker's to do."""
-        if not ready() or (claim := self.claims.acquire(name)) is None:
+        if not ready():
             return False
-        with claim:
-            if not ready():  # done between the look and the claim
+        with self.leaving.held():  # a claim is made and given up whole, or it would stay behind
+            if (claim := self.claims.acquire(name)) is None:
                 return False
-            self.tell(name)
-            try:
-                run(claim)
-            except Lost:
-                print(f"{name}: taken over by another worker", file=sys.stderr, flush=True)
-            self.tell("")
+            with claim:
+                if not ready():  # done between the look and the claim
+                    return False
+                with self.leaving.free():
+                    self.tell(name)
+                    try:
+                        run(claim)
+                    except Lost:
+                        print(f"{name}: taken over by another worker", file=sys.stderr, flush=True)
+                    self.tell("")
         return True
 
     def _check_device(self) -> None:
@@ -333,13 +384,9 @@ def worker_process(config: CompareConfig, options: CompareOptions, threads: int,
 def run_worker(config: CompareConfig, options: CompareOptions, tell: Callable[[str], None] = lambda name: None) -> int:
     """Works until nothing is left; 0, 2 with a line on stderr, DEVICE_LOST, or 128 + signal. SIGTERM leaves as Ctrl-C
     does. tell: as a Worker's."""
-
-    def leave(number: int, _: Any) -> None:
-        raise Interrupted(number)
-
-    previous = {s: signal.signal(s, leave) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        Worker(config, options, choose_device(options.device), tell).work()
+        with Leaving() as leaving:
+            Worker(config, options, choose_device(options.device), tell, leaving).work()
         return 0
     except Interrupted as interrupted:
         return 128 + interrupted.signal
@@ -351,6 +398,3 @@ def run_worker(config: CompareConfig, options: CompareOptions, tell: Callable[[s
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

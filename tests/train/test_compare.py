@@ -102,9 +102,15 @@ def test_killed_at_any_moment_goes_on_to_the_same_figures(whole, weights, tmp_pa
         deadline = time.monotonic() + 120
         while len(list(folder.glob("results/*.json"))) < wanted and time.monotonic() < deadline:
             time.sleep(0.02)
+        while time.monotonic() < deadline:  # held still, to be killed while it has a claim
+            process.send_signal(signal.SIGSTOP)
+            if claims(tmp_path):
+                break
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.02)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    assert list(folder.glob("claims/*.json"))  # of a process that is gone: taken over at once
+    assert claims(tmp_path)  # of a process that is gone: taken over at once
     assert compare.main(command[3:]) == 0
     assert results(folder) == results(whole)
 
@@ -172,6 +178,24 @@ def test_interruption_gives_claims_back(weights, tmp_path, jobs, number):
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number and "the same command goes on" in said
     assert not claims(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["acquire", "_release"])
+def test_signal_while_a_claim_is_made_or_given_up_leaves_none_behind(weights, tmp_path, monkeypatch, moment):
+    acquired = moment == "acquire"
+    plain = getattr(Claims, moment)
+
+    def signalled(self, *args):
+        result = plain(self, *args) if acquired else None  # its file is there
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result if acquired else plain(self, *args)
+
+    monkeypatch.setattr(Claims, moment, signalled)
+    config, options = parse_compare([*SMALL, *weights, "--out", str(tmp_path), "--name", "small"])
+    (tmp_path / "small").mkdir()
+    compare.write_header(config, tmp_path / "small", torch.device("cpu"))
+    assert compare_work.run_worker(config, options) == 128 + signal.SIGTERM
+    assert (tmp_path / "small" / "claims").is_dir() and not claims(tmp_path)
 
 
 def test_workers_leave_when_their_parent_is_killed(weights, tmp_path):
