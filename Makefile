@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help train test bench bench-guard gpu-report lint format picture clean
+.PHONY: help train test soak bench bench-guard gpu-report lint format picture clean
 
 help:
 	@echo "make train    train the default autoencoder on bundled photographs; ARGS=... is passed on"
 	@echo "make test     run the tests"
+	@echo "make soak     inject every fault many times, about an hour; the figures go to benchmarks/results/soak.json"
 	@echo "make bench    run the micro-benchmarks"
 	@echo "make bench-guard  fail if an operation got slower against eager torch; ARGS=--update sets the limits anew"
 	@echo "make gpu-report   correctness and speed on this machine's GPU, into benchmarks/results"
@@ -30,6 +31,9 @@ train: $(STAMP)
 # Two processes of one thread each, for two cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reliability --soak benchmarks/results/soak.json $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -15,6 +15,10 @@ if not torch.cuda.is_available():
     add_as_a_tree()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--soak", metavar="FILE", help="tests/reliability at full length; its figures go to FILE")
+
+
 def pytest_report_header():
     return f"Triton kernels: {'on ' + torch.cuda.get_device_name() if torch.cuda.is_available() else 'interpreted'}"
 
