@@ -175,7 +175,7 @@ def claims(out):
 def test_interruption_gives_claims_back(weights, tmp_path, jobs, number):
     process = started(weights, tmp_path, jobs)
     os.killpg(process.pid, number)  # as a terminal does: all of the group
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + number and "the same command goes on" in said
     assert not claims(tmp_path)
 
@@ -208,15 +208,17 @@ def test_workers_leave_when_their_parent_is_killed(weights, tmp_path):
         names -= free
         time.sleep(0.05)
     assert not names
-    process.communicate(timeout=10)
+    process.communicate(timeout=120)
 
 
-def holder(out, name):
-    """Process that holds a claim, or None."""
+def trains(out, name):
+    """Process that holds a model's claim and has printed something of it since, or None."""
     try:
-        return load_json(out / "small" / "claims" / f"{name}.json").get("pid")
+        claim = load_json(out / "small" / "claims" / f"{name}.json")
+        printed = (out / "small" / "cells" / name / "output.txt").stat().st_mtime
     except (FileNotFoundError, ValueError):  # given back, or about to be written
         return None
+    return claim.get("pid") if printed > claim["time"] else None
 
 
 def test_a_model_that_workers_die_of_fails_alone(weights, tmp_path):
@@ -225,11 +227,11 @@ def test_a_model_that_workers_die_of_fails_alone(weights, tmp_path):
     name, killed = "wide-uniform-1.00-none-0", set()
     deadline = time.monotonic() + 120
     while len(killed) < 2 and time.monotonic() < deadline and process.poll() is None:
-        pid = holder(tmp_path, name)
-        time.sleep(0.1)  # it has said so by then, and is far from the end
+        pid = trains(tmp_path, name)
         if pid and pid not in killed:
             os.kill(pid, signal.SIGKILL)
             killed.add(pid)
+        time.sleep(0.02)
     said = process.communicate(timeout=120)[0]
     assert said.count(f"a worker died of SIGKILL at {name}") == 2, said
     assert process.returncode == 1 and "1 of 2 models done, 1 failed" in said

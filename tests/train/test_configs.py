@@ -72,6 +72,6 @@ def test_differences_name_each_key():
 
 
 def test_help_shows_an_example():
-    out = subprocess.run([sys.executable, "-m", "train.vae", "--help"], capture_output=True, text=True, timeout=60)
+    out = subprocess.run([sys.executable, "-m", "train.vae", "--help"], capture_output=True, text=True, timeout=180)
     assert out.returncode == 0
     assert "python -m train.vae --compile" in out.stdout and "--resume" in out.stdout
