@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help train test soak bench bench-guard gpu-report lint format picture clean
+.PHONY: help train test soak bench bench-guard gpu-report docs lint format picture clean
 
 help:
 	@echo "make train    train the default autoencoder on bundled photographs; ARGS=... is passed on"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench    run the micro-benchmarks"
 	@echo "make bench-guard  fail if an operation got slower against eager torch; ARGS=--update sets the limits anew"
 	@echo "make gpu-report   correctness and speed on this machine's GPU, into benchmarks/results"
+	@echo "make docs     the documentation as a site, in site/; a broken link fails"
 	@echo "make lint     ruff and pyright"
 	@echo "make format   let ruff rewrite the layout"
 	@echo "make picture  train photos and photos-long, redraw the README's picture and table"
@@ -44,6 +45,10 @@ bench-guard: $(STAMP)
 gpu-report: $(STAMP)
 	$(BIN)/python benchmarks/gpu_report.py $(ARGS)
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "site/index.html"
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,4 +64,4 @@ picture: $(STAMP)
 	$(BIN)/python docs/make_picture.py runs/photos runs/photos-long
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks *.egg-info build dist
+	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks *.egg-info build dist site
