@@ -11,8 +11,9 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 PACKAGES = {
-    "kernels": "Fused operations: functions of tensors, differentiable, one graph under `torch.compile`. `from kernels import`"
-    " takes the public ones. [Kernels](../kernels.md) has the mathematics, the bytes each moves and its limits.",
+    "kernels": "Fused operations: functions of tensors, differentiable, one graph under `torch.compile`."
+    " `from kernels import` takes the public ones. [Kernels](../kernels.md) has the mathematics, the bytes"
+    " each moves and its limits.",
     "flux2": "Models and mathematics. What is used most comes from `flux2` itself, the rest from its modules.",
     "train": "The programs and what they share. Each program prints its options with `--help`.",
 }
