@@ -5,9 +5,9 @@ import warnings
 
 import torch
 
+from flux2.checkpoint_folders import Checkpoints
 from flux2.tensor_files import load_tensors
 from train.data import CropBatches, embedded_photographs
-from train.loop import Checkpoints
 from train.vae import main
 from train.vae_config import parse_vae
 from train.vae_trainer import VaeTrainer

@@ -13,12 +13,13 @@ import yaml
 from PIL import Image
 
 from flux2 import AutoEncoder, AutoencoderConfig, save_autoencoder
+from flux2.checkpoint_folders import Checkpoints
 from flux2.checkpoints import load_tensors
 from train import data, flow, sample, vae
 from train.flow import main
 from train.flow_config import FLOW_PRESETS, parse_flow
 from train.flow_data import LabelledCrops, newest_autoencoder
-from train.loop import Checkpoints, read_log
+from train.loop import read_log
 from train.sample import chosen_labels, generate, load_flow
 
 AE = AutoencoderConfig(

@@ -7,8 +7,9 @@ import torch
 from toy import assert_same_bits, run, saved
 
 from flux2 import load_autoencoder
+from flux2.checkpoint_folders import Checkpoints
 from train import adversary, vae, vae_trainer
-from train.loop import Checkpoints, read_log
+from train.loop import read_log
 from train.run import _means
 
 GAN = ["--gan.weight", "0.5", "--gan.width", "8"]

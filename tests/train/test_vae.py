@@ -17,10 +17,11 @@ from PIL import Image
 from toy import TOY, assert_same_bits, run, saved
 
 from flux2 import load_autoencoder
+from flux2.checkpoint_folders import Checkpoints
 from flux2.latents import patchify
 from train import vae
 from train.data import CropBatches, embedded_photographs
-from train.loop import Checkpoints, read_log
+from train.loop import read_log
 from train.vae import main
 from train.vae_config import parse_vae
 
