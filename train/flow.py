@@ -217,7 +217,7 @@ def train(config: FlowConfig, options: FlowOptions) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program: exit code 0; 2 on bad input; 130 or 143 after an interruption that was saved."""
+    """The program: exit code 0; 2 on bad input; 130, 143 or 138 after an interruption that was saved."""
     return exit_code(lambda: train(*parse_flow(sys.argv[1:] if argv is None else argv)))
 
 

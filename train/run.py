@@ -34,6 +34,7 @@ class Trainer(Protocol):
 
     guards: dict[str, GuardedOptimiser]
     lr: float
+    watched: str  # the term whose rise --rollback goes back from, positive where all is well
 
     def step(self, step: int, batch: Any) -> dict[str, Tensor]:
         """One update: detached scalars by name."""
@@ -166,7 +167,7 @@ class Run:
             if done % LOG_EVERY == 0 or done == todo.stop:
                 means, window = _means(window), []
                 self._watch(trainer, samples, batch, known_dead, save=lambda done=done: save(done))
-                self.spikes.observe(means.get("loss", math.nan))
+                self.spikes.observe(means.get(trainer.watched, math.nan))
                 self.good = done
                 remarks = trainer.remarks({"step": step, **means})
                 progress.update(done, means, ", ".join(remarks.values()))
@@ -209,7 +210,7 @@ class Run:
     def _intact(self) -> str:
         """What there is to go on from."""
         if not (saved := self.checkpoints.steps()):
-            return "no checkpoint was saved before"
+            return "no checkpoint is left"
         return f"{self.checkpoints.path(saved[-1])} is whole, go on with --resume auto --name {self.folder.name}"
 
     def _watch(

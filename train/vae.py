@@ -180,7 +180,7 @@ def fit_statistics(models: list[AutoEncoder | RAE], pictures: Pictures, config: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program: exit code 0; 2 on bad input; 130 or 143 after an interruption that was saved."""
+    """The program: exit code 0; 2 on bad input; 130, 143 or 138 after an interruption that was saved."""
     return exit_code(lambda: train(*parse_vae(sys.argv[1:] if argv is None else argv)))
 
 

@@ -120,17 +120,6 @@ def test_real_crops_stand_beside_the_samples(finished):
     assert red > 2 * blue
 
 
-@pytest.mark.parametrize("flags", [["--cache", "auto"], ["--optimiser", "muon", "--accumulate", "2"], ["--cache"]])
-def test_resume_is_bit_exact(place, tmp_path, flags, capsys):
-    flags = [*flags, str(place / "cache")] if flags == ["--cache"] else flags
-    flags = [*flags, "--steps", "5"]
-    assert run(place, tmp_path, *flags, "--name", "whole", "--stop-after", "4") == 0
-    assert run(place, tmp_path, *flags, "--name", "halves", "--stop-after", "2") == 0
-    assert "go on with --resume auto --name halves" in capsys.readouterr().out.strip().splitlines()[-1]
-    assert run(place, tmp_path, *flags, "--name", "halves", "--resume", "auto", "--stop-after", "4") == 0
-    assert_same_bits(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "halves"))
-
-
 def test_a_runs_own_cache_holds_equal_shares_of_its_pictures(place, tmp_path):
     flags = ["--cache", "auto", "--steps", "2", "--stop-after", "1", "--augmentation.crop-scale", "1", "1.2"]
     assert run(place, tmp_path, *flags, "--name", "x") == 0
