@@ -259,7 +259,7 @@ class AutoEncoder(nn.Module):
         return self.encode_with_features(x)[0]
 
     def encode_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(`encode_moments(x)`, h): features h [N, C, H/f, W/f] are what `encoder_grad_norm` needs."""
+        """(`encode_moments(x)`, h): features h [N, C, H/f, W/f] are what `encoder_grad` needs."""
         check_pixels(x, self.cfg.multiple)
         return self.encoder.with_features(x.contiguous(memory_format=torch.channels_last))
 
@@ -305,25 +305,25 @@ class AutoEncoder(nn.Module):
         return self.decode_with_features(z)[0]
 
     def decode_with_features(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(`decode_raw(z)`, h): features h [N, C, fh, fw] are what `last_layer_grad_norm` needs."""
+        """(`decode_raw(z)`, h): features h [N, C, fh, fw] are what `last_layer_grad` needs."""
         return self.decoder.with_features(z.contiguous(memory_format=torch.channels_last))
 
-    def last_layer_grad_norm(self, h: Tensor, grad: Tensor) -> Tensor:
-        """Norm of the gradient of decoder.conv_out.weight, fp32 scalar, where d loss / d pixels is `grad`.
+    def last_layer_grad(self, h: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of decoder.conv_out.weight, fp32 of its shape, where d loss / d pixels is `grad`.
 
         h: of `decode_with_features`. What adaptive loss weights compare (VQGAN, arXiv:2012.09841, eq. 7); one layer's
         weight gradient, outside autograd.
         """
-        return _conv_grad_norm(self.decoder.norm_out, self.decoder.conv_out, h, grad)
+        return _conv_grad(self.decoder.norm_out, self.decoder.conv_out, h, grad)
 
-    def encoder_grad_norm(self, h: Tensor, grad: Tensor) -> Tensor:
-        """Norm of the gradient of encoder.conv_out.weight, fp32 scalar, where d loss / d moments is `grad`.
+    def encoder_grad(self, h: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of encoder.conv_out.weight, fp32 of its shape, where d loss / d moments is `grad`.
 
         h: of `encode_with_features`. As VA-VAE weighs its alignment (arXiv:2501.01423).
         """
         if self.cfg.quant_conv:
             grad = F.conv_transpose2d(grad.float(), self.encoder.quant_conv.weight.float())
-        return _conv_grad_norm(self.encoder.norm_out, self.encoder.conv_out, h, grad)
+        return _conv_grad(self.encoder.norm_out, self.encoder.conv_out, h, grad)
 
     def forward(self, x: Tensor, sample: bool = False, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
         """Training forward, in raw latents: pixels [N, 3, H, W] -> (reconstruction of the same shape, posterior).
@@ -346,9 +346,9 @@ class AutoEncoder(nn.Module):
 
 
 @torch.no_grad()
-def _conv_grad_norm(norm: nn.GroupNorm, conv: nn.Conv2d, h: Tensor, grad: Tensor) -> Tensor:
-    """Norm of d loss / d conv.weight of conv(SiLU(norm(h))) with d loss / d output = grad, all in fp32."""
+def _conv_grad(norm: nn.GroupNorm, conv: nn.Conv2d, h: Tensor, grad: Tensor) -> Tensor:
+    """d loss / d conv.weight of conv(SiLU(norm(h))) with d loss / d output = grad, all in fp32."""
     with torch.autocast(h.device.type, enabled=False):
         x = F.silu(F.group_norm(h.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps))
         shape = conv.weight.shape
-        return torch.nn.grad.conv2d_weight(x, shape, grad.float(), padding=conv.padding).norm()  # type: ignore[arg-type]
+        return torch.nn.grad.conv2d_weight(x, shape, grad.float(), padding=conv.padding)  # type: ignore[arg-type]

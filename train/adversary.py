@@ -23,6 +23,7 @@ from flux2.augment import DIFFAUG_DRAWS, DiffAug
 from flux2.discriminator import PatchDiscriminator, ViTDiscriminator, load_backbone
 from flux2.images import from_uint8, to_uint8
 from kernels.philox import uniform
+from train import dist
 from train.data import STREAM_AUGMENT
 from train.guards import GuardedOptimiser
 from train.loop import load_optimiser_tensors, optimiser_tensors
@@ -48,6 +49,10 @@ class Adversary:
     ) -> None:
         self.config, self.gan, self.device = config, config.gan, device
         self.discriminator = build_discriminator(self.gan).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if dist.size() > 1 and any(isinstance(m, nn.BatchNorm2d) for m in self.discriminator.modules()):
+            if device.type != "cuda":
+                raise ValueError("gan.norm: expected group between several processes on CPUs, got batch")
+            self.discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(self.discriminator)
         self.lecam = LeCAM().to(device)
         self.start = StartState(self.gan.start)
         self.augment = DiffAug(probability=self.gan.augment)
@@ -55,7 +60,7 @@ class Adversary:
             self.discriminator.parameters(), lr=self.gan.lr, betas=self.gan.betas, weight_decay=0.0, fused=True
         )
         self.guard = GuardedOptimiser(self.discriminator.named_parameters(), self.optimiser, clip=config.clip)
-        self._fool, self._judge = wrap(self.fool), wrap(self.judge_logits)
+        self._fool, self._judge = wrap(self.fool), dist.replicated(wrap(self.judge_logits), self.discriminator)
 
     def logits(self, x: Tensor, draws: Tensor) -> Tensor:
         """What the discriminator says of augmented pixels."""
@@ -87,11 +92,17 @@ class Adversary:
         finally:
             self.discriminator.train().requires_grad_(True)
 
-    def judge(self, step: int, first: int, x: Tensor, recon: Tensor, share: float) -> dict[str, Tensor]:
-        """Adds `share` times the gradients of this part of the batch to the discriminator's; its terms, detached."""
+    def judge(
+        self, step: int, first: int, x: Tensor, recon: Tensor, share: float, *, last: bool = True
+    ) -> dict[str, Tensor]:
+        """Adds `share` times the gradients of this part of the batch to the discriminator's; its terms, detached.
+
+        last: whether it is the last part of the batch, after which processes average their gradients.
+        """
         if self.gan.quantise:
             recon = from_uint8(to_uint8(recon))
-        loss, real, fake = self._judge(x, recon, self._draws(step, first, len(x)))
+        with dist.accumulating(self._judge, last=last):
+            loss, real, fake = self._judge(x, recon, self._draws(step, first, len(x)))
         terms = {"d_loss": loss.detach(), **logit_statistics(real, fake)}
         if self.gan.lecam:
             penalty = self.lecam(real, fake)
@@ -109,12 +120,15 @@ class Adversary:
             return torch.zeros(num, DIFFAUG_DRAWS, device=self.device)
         return uniform(self.config.seed, step, first, num, DIFFAUG_DRAWS, stream=STREAM_AUGMENT, device=self.device)
 
-    def update(self, step: int, terms: Mapping[str, Tensor], rate: float) -> Tensor:
-        """One update from the gradients there are; `rate` multiplies the peak learning rate. Returns their norm."""
+    def update(self, step: int, terms: Mapping[str, Tensor], rate: float, ranks: Tensor | None = None) -> Tensor:
+        """One update from the gradients there are; `rate` multiplies the peak learning rate. Returns their norm.
+
+        terms, ranks: of `dist.mean_terms`.
+        """
         self.optimiser.param_groups[0]["lr"] = self.gan.lr * rate
         if self.gan.lecam:
             self.lecam.update(terms["d_real_mean"], terms["d_fake_mean"])
-        return self.guard.update(step, terms)
+        return self.guard.update(step, terms, ranks)
 
     def remark(self, means: Mapping[str, float]) -> str:
         """How the game goes, in one line; empty before it has begun."""

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flux2.images import find_images, from_uint8, load_image
 from kernels.philox import uniform
+from train.dist import Share
 from train.loop import SIGNALS
 
 TRAINING_PHOTOGRAPHS = (
@@ -144,15 +145,23 @@ class EpochOrder:
 
 
 class CropBatches(Dataset):
-    """Item `step` is the batch of that step: uint8 [batch, 3, R, R].
+    """Item `step` is the batch of that step: uint8 [batch, 3, R, R]; with a share, the share's samples of it.
 
     Pictures are visited in a fresh random order each epoch, an epoch being len(pictures) samples.
     """
 
     def __init__(
-        self, pictures: Pictures, *, resolution: int, batch: int, augmentation: Augmentation, seed: int
+        self,
+        pictures: Pictures,
+        *,
+        resolution: int,
+        batch: int,
+        augmentation: Augmentation,
+        seed: int,
+        share: Share | None = None,
     ) -> None:
-        self.pictures, self.resolution, self.batch = pictures, resolution, batch
+        self.pictures, self.resolution, self.batch, self.share = pictures, resolution, batch, share
+        self.samples = share.samples() if share else list(range(batch))
         self.augmentation, self.seed = augmentation, seed
         self._order = EpochOrder(len(pictures), batch=batch, seed=seed)
 
@@ -160,15 +169,16 @@ class CropBatches(Dataset):
         """Index of the picture that sample `sample` of step `step` is cut from."""
         return self._order.index_of(step, sample)
 
-    def names(self, step: int) -> list[str]:
-        """File names of the pictures that the samples of a step are cut from."""
-        return [self.pictures.paths[self.picture_of(step, i)].name for i in range(self.batch)]
+    def names(self, step: int, ranks: Sequence[int] = ()) -> list[str]:
+        """File names of the pictures that the samples of a step are cut from; of some processes' samples alone."""
+        samples = self.share.of_processes(ranks) if self.share else range(self.batch)
+        return [self.pictures.paths[self.picture_of(step, i)].name for i in samples]
 
     def __getitem__(self, step: int) -> Tensor:
-        draws = uniform(self.seed, step, 0, self.batch, DRAWS, stream=STREAM_CROPS)
+        draws = uniform(self.seed, step, 0, self.batch, DRAWS, stream=STREAM_CROPS)[self.samples]
         crops = [
             crop_of(self.pictures[self.picture_of(step, i)], self.resolution, u, self.augmentation)
-            for i, u in enumerate(draws.tolist())
+            for i, u in zip(self.samples, draws.tolist(), strict=True)
         ]
         batch = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)  # uint8 [n, 3, R, R]
         return _colours(batch, draws, self.augmentation.colour) if self.augmentation.colour else batch

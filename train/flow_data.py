@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from flux2.rae import RAE
 from kernels.philox import uniform
 from train.cache import LatentCache
 from train.data import Augmentation, CropBatches, EpochOrder, Pictures, class_names
+from train.dist import Share
 
 STREAM_MIRROR = 110  # Philox stream of which samples of a cache are mirrored
 
@@ -32,18 +34,21 @@ class LabelledCrops(Dataset):
         batch: int,
         augmentation: Augmentation,
         seed: int,
+        share: Share | None = None,
     ) -> None:
-        self.crops = CropBatches(pictures, resolution=resolution, batch=batch, augmentation=augmentation, seed=seed)
+        self.crops = CropBatches(
+            pictures, resolution=resolution, batch=batch, augmentation=augmentation, seed=seed, share=share
+        )
         index = {name: i for i, name in enumerate(classes)}
         self.labels = [index.get(name, len(classes)) for name in class_names(pictures, data)]
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        labels = [self.labels[self.crops.picture_of(step, i)] for i in range(self.crops.batch)]
+        labels = [self.labels[self.crops.picture_of(step, i)] for i in self.crops.samples]
         return {"pixels": self.crops[step], "labels": torch.tensor(labels)}
 
-    def names(self, step: int) -> list[str]:
+    def names(self, step: int, ranks: Sequence[int] = ()) -> list[str]:
         """Of the pictures of a step."""
-        return [self.crops.pictures.paths[self.crops.picture_of(step, i)].name for i in range(self.crops.batch)]
+        return self.crops.names(step, ranks)
 
     def of_class(self, label: int, step: int, num: int) -> list[Tensor]:
         """`num` crops uint8 [3, R, R] of that class's pictures in turn, by the draws of `step`."""
@@ -59,22 +64,22 @@ class LabelledCrops(Dataset):
 
 
 class CachedLatents(Dataset):
-    """Item `step`: what `LatentCache.get` returns for the samples of that step."""
+    """Item `step`: what `LatentCache.get` returns for the samples of that step, or for a share's."""
 
-    def __init__(self, cache: LatentCache, *, batch: int, mirror: bool, seed: int) -> None:
-        self.cache, self.batch, self.mirror, self.seed = cache, batch, mirror, seed
+    def __init__(self, cache: LatentCache, *, batch: int, mirror: bool, seed: int, share: Share | None = None) -> None:
+        self.cache, self.batch, self.mirror, self.seed, self.share = cache, batch, mirror, seed, share
+        self.samples = share.samples() if share else list(range(batch))
         self.order = EpochOrder(len(cache), batch=batch, seed=seed)
 
-    def items(self, step: int) -> list[int]:
-        return [self.order.index_of(step, i) for i in range(self.batch)]
-
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        mirrored = uniform(self.seed, step, 0, self.batch, 1, stream=STREAM_MIRROR)[:, 0] < (0.5 if self.mirror else 0)
-        return self.cache.get(self.items(step), mirrored.tolist())
+        u = uniform(self.seed, step, 0, self.batch, 1, stream=STREAM_MIRROR)[self.samples, 0]
+        items = [self.order.index_of(step, i) for i in self.samples]
+        return self.cache.get(items, (u < (0.5 if self.mirror else 0)).tolist())
 
-    def names(self, step: int) -> list[str]:
-        """Of the samples of a step."""
-        return [f"item {i}" for i in self.items(step)]
+    def names(self, step: int, ranks: Sequence[int] = ()) -> list[str]:
+        """Of the samples of a step; of some processes' alone."""
+        samples = self.share.of_processes(ranks) if self.share else range(self.batch)
+        return [f"item {self.order.index_of(step, i)}" for i in samples]
 
 
 def newest_autoencoder(out: Path) -> tuple[Path, bool] | None:

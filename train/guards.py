@@ -19,10 +19,14 @@ LEAST_UPDATES = 3  # without a gradient, before a parameter is called dead
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """One update that did not happen: its step, and the terms, else the parameters, that were not finite."""
+    """One update that did not happen: its step, and the terms, else the parameters, that were not finite.
+
+    ranks: the processes whose terms were not; none where that is not known, or there is one process.
+    """
 
     step: int
     broke: tuple[str, ...]
+    ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"step {self.step}: {', '.join(self.broke)}"
@@ -71,14 +75,16 @@ class GuardedOptimiser:
         self.named, self.optimiser, self.clip = dict(named), optimiser, clip
         # as of the last `read`: skipped in a row at its end, most in a row since the read before, all, last step
         self.in_a_row = self.longest = self.skipped = self.last_step = 0
-        self._window: list[tuple[int, list[str], Tensor, Tensor]] = []  # step, names, terms and norm, each gradient
+        # step, names, terms and norm, norm of each gradient, which processes broke
+        self._window: list[tuple[int, list[str], Tensor, Tensor, Tensor | None]] = []
         self._fused = bool(optimiser.defaults.get("fused"))
 
     @torch.no_grad()
-    def update(self, step: int, terms: Mapping[str, Tensor]) -> Tensor:
+    def update(self, step: int, terms: Mapping[str, Tensor], ranks: Tensor | None = None) -> Tensor:
         """One update from the gradients that lie in the parameters, which it then frees. Returns their norm, a scalar.
 
-        terms: scalars by name; a broken one skips the update and is named.
+        terms: scalars by name; a broken one skips the update and is named. Gradients and terms are those of all
+        processes, so that all do the same; ranks: of `dist.mean_terms`.
         """
         with_gradient = [p for p in self.named.values() if p.grad is not None]
         gradients: list[Tensor] = [p.grad for p in with_gradient if p.grad is not None]
@@ -100,7 +106,7 @@ class GuardedOptimiser:
         elif not broken.item():
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self._window.append((step, list(terms), values, norms))
+        self._window.append((step, list(terms), values, norms, ranks))
         return norm
 
     def forget(self) -> None:
@@ -117,7 +123,7 @@ class GuardedOptimiser:
         skipped: list[Skipped] = []
         self.longest = self.in_a_row
         dead = [True] * len(self.named)
-        for step, names, values, norms in self._window:
+        for step, names, values, norms, ranks in self._window:
             *losses, norm = values.tolist()
             terms = [n for n, v in zip(names, losses, strict=True) if not abs(v) < math.inf]
             sizes = norms.tolist()
@@ -125,7 +131,8 @@ class GuardedOptimiser:
             if terms or not norm < math.inf:
                 more = [f"{len(gradients) - 3} more gradients"] if len(gradients) > 3 else []
                 why = terms or [f"gradient of {n}" for n in gradients[:3]] + more or ["norm of all gradients"]
-                skipped.append(Skipped(step=step, broke=tuple(why)))
+                which = () if ranks is None else tuple(ranks.nonzero().flatten().tolist())
+                skipped.append(Skipped(step=step, broke=tuple(why), ranks=which))
                 self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
                 self.longest = max(self.longest, self.in_a_row)
             else:

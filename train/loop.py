@@ -173,14 +173,19 @@ def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, 
 class Log:
     """One JSON object a line in `path`. Lines after the step a run goes on from (0: all) come again and are dropped."""
 
-    def __init__(self, path: Path, *, start: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, start: int, writes: bool = True) -> None:
+        """writes: False, and nothing is written: another process of the run does."""
+        self.path, self.writes = path, writes
+        if not writes:
+            return
         kept = [line for line in read_log(path) if start and line["step"] <= start]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
 
     def write(self, record: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -199,12 +204,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 class Progress:
     """One line with step, ETA, images/s, losses and peak memory: rewritten on a terminal, else printed every 10 s."""
 
-    def __init__(self, *, start: int, steps: int, batch: int, device: torch.device) -> None:
+    def __init__(self, *, start: int, steps: int, batch: int, device: torch.device, shown: bool = True) -> None:
         from tqdm import tqdm
 
         self.batch, self.device = batch, device
         self._times = [(time.monotonic(), start)]
-        self._terminal = sys.stderr.isatty()
+        self._terminal, self._shown = shown and sys.stderr.isatty(), shown
         self._printed = time.monotonic()
         self._steps = steps
         self._bar = tqdm(
@@ -232,7 +237,7 @@ class Progress:
         if self._terminal:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
-        elif now - self._printed > 10 or done == self._steps:
+        elif self._shown and (now - self._printed > 10 or done == self._steps):
             self._printed = now
             left = (self._steps - done) * self.batch / rate if rate else 0
             print(f"step {done}/{self._steps} eta {left:.0f} s {text}", flush=True)

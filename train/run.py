@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flux2.checkpoint_folders import Checkpoints
 from flux2.tensor_files import save_json
+from train import dist
 from train.configs import RunOptions, differences
 from train.guards import GuardedOptimiser, Spike, SpikeWatch
 from train.loop import (
@@ -63,11 +64,11 @@ class Run:
     def __init__(self, options: RunOptions, *, preset: str, config: dict[str, Any]) -> None:
         self.options, self.config = options, config
         choose = latest_run_folder if options.resume == "auto" else new_run_folder
-        self.folder: Path = choose(options.out, options.name, preset)
+        self.folder: Path = dist.from_main(lambda: choose(options.out, options.name, preset))
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=options.keep)
         self.start, self.saved, self.changed = 0, None, []
         self.offset = self.rollbacks = 0  # samples of step s are those of item s + offset
-        if (newest := self.checkpoints.newest()) is not None:
+        if (newest := dist.from_main(self.checkpoints.newest)) is not None:
             self.start = newest
             self.saved, plain = self.checkpoints.load(self.start)
             self._take(plain)
@@ -83,21 +84,28 @@ class Run:
 
     def open(self, text: str, device: torch.device) -> None:
         """Makes the folder, with the config's `text` and what it runs on, and opens the log. OSError if it cannot."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoints.set_aside_after(self.start)
-        (self.folder / "config.yaml").write_text(text)
-        save_json(self.folder / "env.json", environment(device))
         self.device = device
-        self.log = Log(self.folder / "log.jsonl", start=self.start)
+        dist.from_main(lambda: self._make_folder(text))
+        self._open_log(self.start)
         if self.changed:
             self.log.write({"step": self.start, "changed": self.changed})
         resumed = f", resumed at step {self.start}" if self.start else ""
         print(f"run folder: {self.folder}{resumed}", flush=True)
 
+    def _make_folder(self, text: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.set_aside_after(self.start)
+        (self.folder / "config.yaml").write_text(text)
+        save_json(self.folder / "env.json", environment(self.device))
+
+    def _open_log(self, start: int) -> None:
+        self.log = Log(self.folder / "log.jsonl", start=start, writes=dist.is_main())
+
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], config: dict[str, Any]) -> None:
         """Writes a checkpoint; config: what its reader needs, beside what the run itself does."""
         own = {"train": self.config, "step": step, "data_offset": self.offset, "rollbacks": self.rollbacks}
-        self.checkpoints.save(step, tensors, {**config, **own})
+        if dist.is_main():
+            self.checkpoints.save(step, tensors, {**config, **own})
 
     def stop(self, steps: int) -> int:
         """The step this process leaves at."""
@@ -111,19 +119,20 @@ class Run:
         steps: int,
         batch: int,
         save: Callable[[int], None],
-        samples: Callable[[int], list[str]],
+        samples: Callable[[int, Sequence[int]], list[str]],
     ) -> int | None:
         """Steps `start` to `stop(steps)`. None when all `steps` are done, else the exit code.
 
         batches(first, last): the batches of items first .. last - 1. batch: images a step. save(done): writes a
-        checkpoint. samples(item): names of an item's samples, for the log.
+        checkpoint. samples(item, ranks): names of an item's samples, of those of some
+        processes, for the log.
         FloatingPointError when --patience updates in a row were skipped; the state before them is saved. With
         --rollback the run goes back instead, to the newest checkpoint from before, and on with the samples that follow.
         OSError, saying what is there to go on from, where the disk does not take what is written.
         """
-        stop, done, self.good = self.stop(steps), self.start, self.start
+        stop, done, self.good, self.signal = self.stop(steps), self.start, self.start, 0
         self.spikes = SpikeWatch(self.options.rollback)
-        progress = Progress(start=self.start, steps=steps, batch=batch, device=self.device)
+        progress = Progress(start=self.start, steps=steps, batch=batch, device=self.device, shown=dist.is_main())
         try:
             with Interrupt() as interrupt:
                 while True:
@@ -142,7 +151,7 @@ class Run:
             return None
         where, how = self.checkpoints.path(done), f"--resume auto --name {self.folder.name}"
         print(f"saved {where} after {done} of {steps} steps; go on with {how}")
-        return 128 + interrupt.signal if interrupt.signal else 0
+        return 128 + self.signal if self.signal else 0
 
     def _stretch(
         self,
@@ -152,7 +161,7 @@ class Run:
         steps: int,
         batch: int,
         save: Callable[[int], None],
-        samples: Callable[[int], list[str]],
+        samples: Callable[[int, Sequence[int]], list[str]],
         progress: Progress,
         interrupt: Interrupt,
     ) -> int:
@@ -160,7 +169,7 @@ class Run:
         save_every = self.options.save_every or min(1000, -(-steps // 4))
         known_dead: set[str] = set()
         window: list[dict[str, Tensor]] = []
-        done = todo.start
+        done, agreement = todo.start, dist.Agreement()
         for step, data in zip(todo, batches(todo.start + self.offset, todo.stop + self.offset), strict=True):
             window.append(trainer.step(step, data))
             done = self.reached = step + 1
@@ -174,15 +183,17 @@ class Run:
                 rate = {"lr": trainer.lr, "images_per_second": progress.images_per_second()}
                 memory = {"peak_memory_bytes": peak_memory_bytes(self.device)}
                 self.log.write({"step": done, "nimg": done * batch, **means, **rate, **memory, **remarks})
-            if done % save_every == 0 or done == todo.stop or interrupt.signal:
+            self.signal = agreement.of(interrupt.signal)
+            if done % save_every == 0 or done == todo.stop or self.signal:
                 save(done)
-            if interrupt.signal:
+            if self.signal:
                 break
+        agreement.last()
         return done
 
     def _roll_back(self, trainer: Trainer, spike: Spike) -> int:
         """Back to the newest whole checkpoint from before the spike; its step. FloatingPointError without a way."""
-        step = self.checkpoints.newest(self.good)
+        step = dist.from_main(lambda: self.checkpoints.newest(self.good))
         if step is None:
             raise FloatingPointError(f"{spike}; no checkpoint from before it to go back to: save more often")
         if self.rollbacks == MOST_ROLLBACKS:
@@ -197,14 +208,17 @@ class Run:
         for guard in trainer.guards.values():
             guard.forget()
         self.spikes.forget()
-        self.checkpoints.drop_after(step)
-        self.log = Log(self.log.path, start=step)
+        dist.barrier()  # all have read
+        if dist.is_main():
+            self.checkpoints.drop_after(step)
+        self._open_log(step)
         self.log.write(
             {"step": step, "rolled_back_from": self.reached, "why": str(spike), "data_offset": self.offset,
              "rollbacks": self.rollbacks}
         )  # fmt: skip
         text = f"{spike}: back from step {self.reached} to {self.checkpoints.path(step)}, and on with other samples"
-        print(f"\n{text} ({self.rollbacks} of at most {MOST_ROLLBACKS} times)", file=sys.stderr, flush=True)
+        if dist.is_main():
+            print(f"\n{text} ({self.rollbacks} of at most {MOST_ROLLBACKS} times)", file=sys.stderr, flush=True)
         return step
 
     def _intact(self) -> str:
@@ -216,7 +230,7 @@ class Run:
     def _watch(
         self,
         trainer: Trainer,
-        samples: Callable[[int], list[str]],
+        samples: Callable[[int, Sequence[int]], list[str]],
         batch: int,
         known_dead: set[str],
         *,
@@ -226,25 +240,26 @@ class Run:
         for name, guard in trainer.guards.items():
             skipped, dead = guard.read()
             for skip in skipped:
-                broke, names = list(skip.broke), samples(skip.step + self.offset)
+                broke, names = list(skip.broke), samples(skip.step + self.offset, skip.ranks)
                 self.log.write(
                     {"step": skip.step + 1, "nimg": (skip.step + 1) * batch, "skipped": name, "broke": broke,
-                     "samples": names}
+                     "samples": names, **({"ranks": list(skip.ranks)} if skip.ranks else {})}
                 )  # fmt: skip
-            if skipped:
+            if skipped and dist.is_main():
                 text = f"{len(skipped)} updates of the {name} skipped ({skipped[0]}), {guard.skipped} in all"
                 print(text, file=sys.stderr, flush=True)
             if new := [d for d in dead if d not in known_dead]:
                 known_dead.update(new)
                 shown = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
-                print(f"no gradient reaches parameters of the {name}: {shown}", file=sys.stderr, flush=True)
+                if dist.is_main():
+                    print(f"no gradient reaches parameters of the {name}: {shown}", file=sys.stderr, flush=True)
                 self.log.write({"step": guard.last_step + 1, "nimg": (guard.last_step + 1) * batch, "dead": new})
             if skipped and guard.longest >= self.options.patience:
                 last = skipped[-1]
                 if self.options.rollback:
                     raise Spike(f"{guard.longest} updates of the {name} in a row were skipped ({last})")
                 save()
-                names = samples(last.step + self.offset)
+                names = samples(last.step + self.offset, last.ranks)
                 shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
                 raise FloatingPointError(
                     f"{guard.longest} updates of the {name} in a row were skipped; {last}, samples {shown} (all in"
@@ -268,12 +283,18 @@ def _means(window: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def exit_code(program: Callable[[], int]) -> int:
-    """What `program` returns; 2, with one line on stderr, on bad input; 130 on a Ctrl-C that nothing handled."""
+    """What `program` returns; with one line on stderr 2 on bad input, 1 where another process of the run is gone; 130 on
+    a Ctrl-C that nothing handled."""
     try:
         return program()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{dist.label()}error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not dist.is_loss_of_a_process(error):
+            raise
+        print(f"{dist.label()}error: another process is gone: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was saved since the last checkpoint (continue with --resume auto)", file=sys.stderr)
         return 130

@@ -19,6 +19,7 @@ from flux2.linear_code import LinearCode, fit_context_decoder, fit_linear_code, 
 from flux2.metrics import psnr
 from flux2.rae import RAE, RAEConfig
 from kernels.dispatch import resolve
+from train import dist
 from train.configs import RunOptions, describe, differences, to_dict
 from train.data import (
     Augmentation,
@@ -29,7 +30,7 @@ from train.data import (
     open_pictures,
     training_pixels,
 )
-from train.loop import choose_device, choose_precision, cpp_compiler
+from train.loop import choose_precision, cpp_compiler
 from train.report import write_report
 from train.run import Run, exit_code
 from train.vae_config import VaeConfig, parse_vae
@@ -91,8 +92,13 @@ def start_from(config: VaeConfig, trainer: VaeTrainer, crops: CropBatches) -> No
 
 
 def train(config: VaeConfig, options: RunOptions) -> int:
+    """Runs `config`, under torchrun as one of its processes; as `train_on`."""
+    with dist.joined(options.device) as device:
+        return train_on(device, config, options)
+
+
+def train_on(device: torch.device, config: VaeConfig, options: RunOptions) -> int:
     """Runs `config`; returns the exit code (0, or 128 + signal after an interruption that was saved)."""
-    device = choose_device(options.device)
     resolve("--backend", options.backend, torch.empty(1, device=device))  # a ValueError before anything is written
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
     text = describe(config)
@@ -107,17 +113,16 @@ def train(config: VaeConfig, options: RunOptions) -> int:
     pictures, held_out = open_pictures(config.data, config.held_out)
     compiled = options.compile and usable_compiler(device)
     trainer = VaeTrainer(config, device, compiled=compiled, backend=options.backend)
-    dataset = CropBatches(
-        pictures,
-        resolution=config.resolution,
-        batch=config.batch,
-        augmentation=config.augmentation,
+    crops_of = partial(
+        CropBatches, pictures, resolution=config.resolution, batch=config.batch, augmentation=config.augmentation,
         seed=config.seed,
-    )
+    )  # fmt: skip
+    dataset = crops_of(share=trainer.share)
     if run.saved:
         trainer.load(run.saved)
     else:
-        start_from(config, trainer, dataset)
+        dist.from_main(lambda: start_from(config, trainer, crops_of()))
+        trainer.copy_from_main()
     crops = held_out_crops(held_out, num_crops=HELD_OUT_CROPS, resolution=_held_out_side(config))
     print(text + f"{len(pictures)} training pictures, {len(held_out)} held out; {device}, {config.precision}")
     run.open(text, device)
@@ -134,16 +139,17 @@ def train(config: VaeConfig, options: RunOptions) -> int:
 
     def save(step: int) -> None:
         fit_statistics([ema.model for ema in trainer.emas], pictures, config)
-        evaluate(step)
+        if dist.is_main():
+            evaluate(step)
         run.save(step, trainer.tensors(), {"format": FORMAT, "autoencoder": to_dict(config)["autoencoder"]})
 
-    if not run.start:
+    if not run.start and dist.is_main():
         evaluate(0)
     began = time.monotonic()
     data = partial(batches, dataset, workers=config.workers)
     code = run.loop(trainer, data, steps=config.steps, batch=config.batch, save=save, samples=dataset.names)
-    if code is not None:
-        return code
+    if code is not None or not dist.is_main():
+        return code or 0
     seconds = time.monotonic() - began
     print(f"trained {config.steps - run.start} steps in {seconds:.0f} s; writing the report", flush=True)
     ours = reconstruct_uint8(trainer.ema.model, crops)
@@ -173,7 +179,7 @@ def fit_statistics(models: list[AutoEncoder | RAE], pictures: Pictures, config: 
         return
     crops = plain_crops(config, pictures)
     steps = range(2**31, 2**31 + -(-STATISTICS_CROPS // crops.batch))  # which training never reaches
-    batches = [crops[step] for step in steps]  # read once, for all models
+    batches = [crops[step] for step in steps[dist.rank() :: dist.size()]]  # read once, for all models
     for ae in models:
         device = next(ae.parameters()).device
         fit_latent_statistics(ae, (from_uint8(x.to(device)) for x in batches))
