@@ -1,7 +1,7 @@
 """Several processes that train one model, as one process with the whole batch would: torchrun starts them.
 
-Each process takes a share of every batch. As what is drawn for a sample depends on (seed, step, sample index) alone, the
-samples and their noise are those of one process, for any number of processes and after any change of it. Whatever looks
+Each process takes a share of every batch. What is drawn for a sample depends on (seed, step, sample index) alone, so
+that samples and noise are those of one process, for any number of processes and after any change of it. Whatever looks
 at the whole batch (terms, adaptive weights, skipped updates, latent statistics) is averaged over all; process 0 alone
 prints, judges and writes. Without torchrun everything here is the identity.
 """

@@ -14,6 +14,7 @@ from flux2.checkpoints import load_autoencoder, save_autoencoder
 from flux2.images import save_png
 from flux2.samplers import classifier_free
 from flux2.teachers import build_teacher
+from train import dist
 from train.cache import CacheConfig, LatentCache, make_cache
 from train.configs import describe, to_dict
 from train.data import Augmentation, Pictures, batches, class_names, open_pictures
@@ -21,7 +22,7 @@ from train.flow_config import FlowConfig, FlowOptions, parse_flow, sampling_shif
 from train.flow_data import CachedLatents, LabelledCrops, find_autoencoder, newest_autoencoder
 from train.flow_report import make_law, plot_bins, plot_losses, write_flow_report
 from train.flow_trainer import BINS, FlowTrainer, validate
-from train.loop import choose_device, choose_precision, read_log
+from train.loop import choose_precision, read_log
 from train.run import Run, exit_code
 from train.sample import FLOW_FORMAT, decode_uint8, generate, grid_of
 from train.vae import usable_compiler
@@ -62,6 +63,13 @@ class FlowRun:
         self.sample_shift = sampling_shift(options.sample_shift, self.trainer.shift, ae.cfg.latent_channels)
         if run.saved:
             self.trainer.load(run.saved)
+        else:
+            self.trainer.copy_from_main()
+
+    @property
+    def judges(self) -> bool:
+        """Whether this process computes validation losses and samples."""
+        return dist.is_main()
 
     def prepare(self) -> int:
         """Makes the cache where that is asked for, and encodes the validation crops; 0, or an interruption's exit code.
@@ -78,26 +86,30 @@ class FlowRun:
                 teacher=config.repa, teacher_weights=self.options.repa_weights, seed=config.seed,
                 device=self.options.device,
             )  # fmt: skip
-            if code := make_cache(made):
+            if code := dist.from_main(lambda: make_cache(made)):
                 return code
             self.cache = LatentCache(folder, self.ae)
         if self.cache:
             augmentation = Augmentation(crop_scale=self.cache.crop_scale or (WHOLE, WHOLE), flip=self.cache.flip)
             mirror = config.augmentation.flip and self.cache.flip
-            data = CachedLatents(self.cache, batch=config.batch, mirror=mirror, seed=config.seed)
+            data = CachedLatents(
+                self.cache, batch=config.batch, mirror=mirror, seed=config.seed, share=self.trainer.share
+            )
         else:
-            data = self._crops(self.pictures, augmentation, config.batch)
+            data = self._crops(self.pictures, augmentation, config.batch, self.trainer.share)
         self.data: LabelledCrops | CachedLatents = data
         self.crops = self._crops(self.pictures, augmentation, VALIDATION_CROPS)
         held_out = self._crops(self.held_out, augmentation, VALIDATION_CROPS)
         self.validation = {"fresh": self._latents(self.crops), "held_out": self._latents(held_out)}
         return 0
 
-    def _crops(self, pictures: Pictures, augmentation: Augmentation, batch: int) -> LabelledCrops:
+    def _crops(
+        self, pictures: Pictures, augmentation: Augmentation, batch: int, share: dist.Share | None = None
+    ) -> LabelledCrops:
         config = self.config
         return LabelledCrops(
             pictures, config.data, self.classes, resolution=config.resolution, batch=batch, augmentation=augmentation,
-            seed=config.seed,
+            seed=config.seed, share=share,
         )  # fmt: skip
 
     def _latents(self, crops: LabelledCrops) -> tuple[Tensor, Tensor]:
@@ -112,6 +124,8 @@ class FlowRun:
     def validate(self, step: int) -> dict[str, float]:
         """Logs the normalised velocity loss of each set, in all and by time bin; the means by name."""
         record: dict = {"step": step, "nimg": step * self.config.batch, "training_bins": self.trainer.bins()}
+        if not self.judges:
+            return {}
         for name, (x, y) in self.validation.items():
             loss = validate(self.trainer.ema, x, y, precision=self.config.precision)
             record |= {f"{name}_velocity": loss.mean(), f"{name}_bins": loss.per_bin().tolist()}
@@ -125,6 +139,8 @@ class FlowRun:
 
     def draw(self, name: str) -> None:
         """Writes samples/NAME.png: a class a row, of the averaged weights, always from the same noise."""
+        if not self.judges:
+            return
         model = self.trainer.ema
         z = generate(
             lambda y: classifier_free(model, y, len(self.classes), self.options.guidance),
@@ -134,7 +150,8 @@ class FlowRun:
             shift=self.sample_shift,
             precision=self.config.precision,
         )
-        save_png(self.run.folder / "samples" / f"{name}.png", grid_of(decode_uint8(self.ae, z), SHOWN_EACH))
+        if dist.is_main():
+            save_png(self.run.folder / "samples" / f"{name}.png", grid_of(decode_uint8(self.ae, z), SHOWN_EACH))
 
     def draw_crops(self) -> None:
         """Writes samples/training_crops.png: crops of the same classes, that training could have drawn."""
@@ -143,8 +160,10 @@ class FlowRun:
         save_png(self.run.folder / "samples" / "training_crops.png", grid_of(torch.stack(found), SHOWN_EACH))
 
     def report(self, text: str) -> dict[str, float]:
-        """Writes the report; the validation losses by set."""
+        """Writes the report; the validation losses by set, {} on a process that does not write."""
         self.draw("samples")
+        if not dist.is_main():
+            return {}
         self.draw_crops()
         sampled = (
             f"{self.options.sample_steps} Euler steps, shift {self.sample_shift:.3g} (training: "
@@ -159,9 +178,10 @@ class FlowRun:
         """Validates, draws samples, losses and losses by time bin, and writes the checkpoint."""
         self.validate(step)
         self.draw(f"step_{step:08d}")
-        records, samples = read_log(self.run.folder / "log.jsonl"), self.run.folder / "samples"
-        plot_losses(records, samples / "losses.png")
-        plot_bins(records, self.law, samples / "time_bins.png")
+        if dist.is_main():
+            records, samples = read_log(self.run.folder / "log.jsonl"), self.run.folder / "samples"
+            plot_losses(records, samples / "losses.png")
+            plot_bins(records, self.law, samples / "time_bins.png")
         plain = {
             "format": FLOW_FORMAT,
             "transformer": to_dict(self.config)["transformer"],
@@ -174,8 +194,13 @@ class FlowRun:
 
 
 def train(config: FlowConfig, options: FlowOptions) -> int:
+    """Runs `config`, under torchrun as one of its processes; as `train_on`."""
+    with dist.joined(options.device) as device:
+        return train_on(device, config, options)
+
+
+def train_on(device: torch.device, config: FlowConfig, options: FlowOptions) -> int:
     """Runs `config`; returns the exit code (0, or 128 + signal after an interruption that was saved)."""
-    device = choose_device(options.device)
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
     if options.compile and not usable_compiler(device):
         options = dataclasses.replace(options, compile=False)
@@ -194,7 +219,7 @@ def train(config: FlowConfig, options: FlowOptions) -> int:
     if options.dry_run:
         return 0
     run.open(text, device)
-    save_autoencoder(flow.ae, run.folder / AUTOENCODER)
+    dist.from_main(lambda: save_autoencoder(flow.ae, run.folder / AUTOENCODER))
     if code := flow.prepare():
         return code
     if not run.start:
@@ -207,7 +232,8 @@ def train(config: FlowConfig, options: FlowOptions) -> int:
     print(
         f"trained {config.steps - run.start} steps in {time.monotonic() - began:.0f} s; writing the report", flush=True
     )
-    means = flow.report(text)
+    if not (means := flow.report(text)):
+        return 0
     print(f"samples: {run.folder / 'samples' / 'samples.png'}\nreport: {run.folder / 'report.html'}")
     print(
         f"normalised velocity loss {means['fresh']:.4f} on fresh crops of training pictures, "

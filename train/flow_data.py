@@ -16,7 +16,7 @@ from flux2.rae import RAE
 from kernels.philox import uniform
 from train.cache import LatentCache
 from train.data import Augmentation, CropBatches, EpochOrder, Pictures, class_names
-from train.dist import Share
+from train.dist import Share, size
 
 STREAM_MIRROR = 110  # Philox stream of which samples of a cache are mirrored
 
@@ -105,6 +105,8 @@ def find_autoencoder(path: str, out: Path) -> AutoEncoder | RAE:
         return load_autoencoder(path)
     newest = newest_autoencoder(out)
     if newest is None:
+        if size() > 1:
+            raise ValueError(f"no run of train.vae in {out}: several processes need one, or --autoencoder")
         from train import vae
 
         print(f"no run of train.vae in {out}: training the autoencoder `photos` first", flush=True)

@@ -283,8 +283,8 @@ def _means(window: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def exit_code(program: Callable[[], int]) -> int:
-    """What `program` returns; with one line on stderr 2 on bad input, 1 where another process of the run is gone; 130 on
-    a Ctrl-C that nothing handled."""
+    """What `program` returns; with one line on stderr 2 on bad input, 1 where another process of the run is gone, 130
+    on a Ctrl-C that nothing handled."""
     try:
         return program()
     except (ValueError, OSError, FloatingPointError) as error:

@@ -179,7 +179,7 @@ class VaeTrainer:
         return draw(u, probability=probability, scales=config.eq_scales)
 
     def step(self, step: int, batch: Tensor) -> dict[str, Tensor]:
-        """One update on this process's share of a batch, uint8 [N, 3, R, R]: detached scalars by name, of the whole batch.
+        """One update on this process's share of a batch, uint8 [N, 3, R, R]: detached scalars of the whole, by name.
 
         Each term unweighted; "recon", the weighted sum of the pixel terms; "loss", that of all terms, with the learned
         scale of recon; "grad_norm".
