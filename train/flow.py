@@ -20,7 +20,7 @@ from train.configs import describe, to_dict
 from train.data import Augmentation, Pictures, batches, class_names, open_pictures
 from train.flow_config import FlowConfig, FlowOptions, parse_flow, sampling_shift
 from train.flow_data import CachedLatents, LabelledCrops, find_autoencoder, newest_autoencoder
-from train.flow_report import make_law, plot_bins, plot_losses, write_flow_report
+from train.flow_report import judge, make_law, plot_bins, plot_losses, write_flow_report
 from train.flow_trainer import BINS, FlowTrainer, validate
 from train.loop import choose_precision, read_log
 from train.run import Run, exit_code
@@ -61,7 +61,9 @@ class FlowRun:
         )
         self.law = make_law(config, self.trainer.shift)  # uniform warns
         self.sample_shift = sampling_shift(options.sample_shift, self.trainer.shift, ae.cfg.latent_channels)
-        if run.saved:
+        if run.saved and self.trainer.sharded:
+            self.trainer.load_sharded(run.checkpoints.path(run.start))
+        elif run.saved:
             self.trainer.load(run.saved)
         else:
             self.trainer.copy_from_main()
@@ -69,7 +71,7 @@ class FlowRun:
     @property
     def judges(self) -> bool:
         """Whether this process computes validation losses and samples."""
-        return dist.is_main()
+        return dist.is_main() or self.trainer.sharded  # a model that is spread computes on all
 
     def prepare(self) -> int:
         """Makes the cache where that is asked for, and encodes the validation crops; 0, or an interruption's exit code.
@@ -162,6 +164,7 @@ class FlowRun:
     def report(self, text: str) -> dict[str, float]:
         """Writes the report; the validation losses by set, {} on a process that does not write."""
         self.draw("samples")
+        results = judge(self.trainer, self.validation) if self.judges else {}
         if not dist.is_main():
             return {}
         self.draw_crops()
@@ -170,7 +173,7 @@ class FlowRun:
             f"{self.trainer.shift:.3g}), classifier-free guidance {self.options.guidance:g}."
         )
         return write_flow_report(
-            self.run.folder, config=text, trainer=self.trainer, validation=self.validation, classes=self.classes,
+            self.run.folder, config=text, trainer=self.trainer, results=results, classes=self.classes,
             sampled=sampled,
         )  # fmt: skip
 

@@ -132,6 +132,8 @@ def sampling_shift(shift: float | Literal["auto"], train_shift: float, channels_
 class FlowOptions(RunOptions):
     """Where and how a run happens; may differ between a run and its resumption."""
 
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Between several processes: each has the whole model (ddp), or a share of it (fsdp; --compile-scope blocks)."""
     compile_scope: Literal["model", "blocks"] = "model"
     """What --compile compiles: model and losses as one graph, or each block by itself, which starts sooner."""
     checkpoint_activations: bool = False

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from flux2.autoencoder import AutoEncoder
 from flux2.ema import EMA
@@ -61,6 +63,9 @@ class FlowTrainer:
                 token_channels = self.teacher.channels
             width = config.transformer.width
             self.projector = RepaProjector(width, token_channels, config.repa_hidden).to(device)
+        self.sharded = options.parallel == "fsdp" and dist.size() > 1
+        if self.sharded:
+            self._shard(options)
         self.guards, self.lr = self._optimisers(), config.lr  # lr: of the last step
         self.seen: list[tuple[Tensor, Tensor]] = []  # velocity error and time of each sample since the last `bins`
         self.share = dist.Share(batch=config.batch, parts=config.accumulate)
@@ -70,7 +75,20 @@ class FlowTrainer:
         elif options.compile:
             for block in self.model.blocks:
                 block.compile(fullgraph=True, dynamic=False)
-        self._losses = dist.replicated(self._losses, self.model, *([self.projector] if self.projector else []))
+        if not self.sharded:
+            self._losses = dist.replicated(self._losses, self.model, *([self.projector] if self.projector else []))
+
+    def _shard(self, options: FlowOptions) -> None:
+        """Spreads the model and its averages over all processes."""
+        if self.config.optimiser == "muon":
+            raise ValueError("optimiser: expected adamw with --parallel fsdp, got muon, which needs whole matrices")
+        if options.compile and options.compile_scope == "model":
+            raise ValueError("compile_scope: expected blocks with --parallel fsdp, got model")
+        from train.sharding import shard
+
+        self.copy_from_main()
+        for model in (self.model, *(ema.model for ema in self.emas.values())):
+            shard(model, model.blocks, precision=self.config.precision)
 
     def _optimisers(self) -> dict[str, GuardedOptimiser]:
         """AdamW over everything; with --optimiser muon, Muon over the matrices that map tokens to tokens in blocks."""
@@ -84,8 +102,9 @@ class FlowTrainer:
         of_muon = {n for n, _ in matrices}
         rest = [(n, p) for n, p in named if n not in of_muon]
         adamw = torch.optim.AdamW(
-            [p for _, p in rest], lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+            [p for _, p in rest], lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
+            fused=not self.sharded,
+        )  # fmt: skip
         guards = {"model": GuardedOptimiser(rest, adamw, clip=config.clip)}
         if matrices:
             muon = torch.optim.Muon(
@@ -156,12 +175,16 @@ class FlowTrainer:
                 x, law=config.law, shift=self.shift, mu=config.mu, sigma=config.sigma,
                 seed=config.seed, step=step, first_index=first,
             )  # fmt: skip
+            if self.sharded:
+                self.model.set_requires_gradient_sync(i + 1 == len(firsts))  # type: ignore[operator]
             with dist.accumulating(self._losses, last=i + 1 == len(firsts)):
                 terms, errors = self._losses(z, v, t, y, drop, tokens)
                 (terms["loss"] * share).backward()
             for name, term in terms.items():
                 own[name] = own.get(name, 0) + share * term.detach()
             self.seen.append((errors, t))
+        if self.sharded and self.projector:  # it is small, and whole everywhere
+            dist.average(p.grad for p in self.projector.parameters() if p.grad is not None)
         sums, ranks = dist.mean_terms(own)
         judged = dict(sums)
         if len(self.guards) > 1:  # what breaks the gradients of one breaks the update of all
@@ -194,8 +217,20 @@ class FlowTrainer:
 
     def copy_from_main(self) -> None:
         """Takes over process 0's weights, as they are before the first step."""
+        if isinstance(next(self.model.parameters()), DTensor):  # done before they were spread
+            return
         parts = [self.model, *(ema.model for ema in self.emas.values()), *([self.projector] if self.projector else [])]
         dist.copy_from_main(t for part in parts for t in part.state_dict().values())
+
+    def load_sharded(self, folder: Path) -> None:
+        """As `load`, from a checkpoint's folder: each process reads its own part."""
+        from train.sharding import load_into, load_optimiser
+
+        for name, group in self.tensors().items():
+            if not name.startswith("optimiser_"):
+                load_into(folder / f"{name}.safetensors", group)
+        for name, guard in self.guards.items():
+            load_optimiser(folder / f"optimiser_{name}.safetensors", guard.optimiser)
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Inverse of `tensors`."""

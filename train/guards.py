@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 LEAST_UPDATES = 3  # without a gradient, before a parameter is called dead
 
@@ -61,6 +62,20 @@ class SpikeWatch:
         self._seen.clear()
 
 
+def _own(gradient: Tensor) -> Tensor:
+    """This process's part of a gradient that is spread over several."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _of_all_shards(norms: Tensor, spread: list[bool]) -> Tensor:
+    """Norms of whole gradients, from those of this process's parts where they are spread."""
+    if not any(spread):
+        return norms
+    squares = norms.square()
+    torch.distributed.all_reduce(squares)
+    return torch.where(torch.tensor(spread, device=norms.device), squares.sqrt(), norms)
+
+
 class GuardedOptimiser:
     """Clips gradients and updates, unless a loss term or a gradient is NaN or infinite: then nothing changes.
 
@@ -87,10 +102,11 @@ class GuardedOptimiser:
         processes, so that all do the same; ranks: of `dist.mean_terms`.
         """
         with_gradient = [p for p in self.named.values() if p.grad is not None]
-        gradients: list[Tensor] = [p.grad for p in with_gradient if p.grad is not None]
+        gradients: list[Tensor] = [_own(p.grad) for p in with_gradient if p.grad is not None]
         if not gradients:
             raise ValueError(f"no gradient reached any of {len(self.named)} parameters: nothing is trained")
         found = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+        found = _of_all_shards(found, [isinstance(p.grad, DTensor) for p in with_gradient])
         norms = found
         if len(gradients) < len(self.named):
             places = [i for i, p in enumerate(self.named.values()) if p.grad is not None]

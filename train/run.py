@@ -104,7 +104,11 @@ class Run:
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], config: dict[str, Any]) -> None:
         """Writes a checkpoint; config: what its reader needs, beside what the run itself does."""
         own = {"train": self.config, "step": step, "data_offset": self.offset, "rollbacks": self.rollbacks}
-        if dist.is_main():
+        if dist.size() > 1 and any(hasattr(t, "to_local") for group in tensors.values() for t in group.values()):
+            from train.sharding import save_sharded
+
+            save_sharded(self.checkpoints, step, tensors, {**config, **own})
+        elif dist.is_main():
             self.checkpoints.save(step, tensors, {**config, **own})
 
     def stop(self, steps: int) -> int:
