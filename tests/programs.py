@@ -32,10 +32,15 @@ def tiny_autoencoder(folder):
     return folder / "tiny.safetensors"
 
 
-def start(program, out, *flags, fault=("none", "0"), name="x", before=()):
+def torchrun(*flags):
+    """`launcher` of a run of several processes on one machine."""
+    return ("-m", "torch.distributed.run", "--standalone", *map(str, flags))
+
+
+def start(program, out, *flags, fault=("none", "0"), name="x", launcher=()):
     """The process: PROGRAM ARGS --out OUT --name NAME --resume auto FLAGS, in a group of its own."""
-    which, *arguments = program
-    command = [*before, sys.executable, str(FAULTS), which, *fault, *arguments, "--out", str(out), "--name", name]
+    which, *arguments = map(str, program)
+    command = [sys.executable, *launcher, str(FAULTS), which, *fault, *arguments, "--out", str(out), "--name", name]
     return subprocess.Popen(
         [*command, "--resume", "auto", *map(str, flags)], env=ENVIRONMENT, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -59,6 +64,19 @@ def wait_for(what, process):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def worker(process, rank):
+    """Process id of a run's process of that rank, or None while there is none."""
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = environ.read_bytes().split(b"\0")
+            parent = environ.with_name("stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:  # it left while it was looked at
+            continue
+        if b"RANK=%d" % rank in variables and int(parent) == process.pid:
+            return int(environ.parent.name)
+    return None
 
 
 def steps_logged(folder):

@@ -44,6 +44,8 @@ class RunOptions:
     rollback: float = 0.0
     """Go back to the checkpoint before, and on with other samples, where the loss rises above this multiple of its
     median or --patience is reached; 0 is never."""
+    peer_timeout: float = 1800.0
+    """Seconds that a process of several waits for another before that counts as lost, and the run starts again."""
     dry_run: bool = False
     """Print the resolved config, parameters, memory and arithmetic, and stop."""
 
@@ -51,6 +53,8 @@ class RunOptions:
         for name, least in (("save_every", 0), ("keep", 1), ("stop_after", 0), ("patience", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
+        if not self.peer_timeout > 0:
+            raise ValueError(f"peer_timeout: expected a positive number of seconds, got {self.peer_timeout}")
         if self.rollback and not self.rollback > 1:
             raise ValueError(f"rollback: expected 0 or a number above 1, got {self.rollback}")
         if self.name and (Path(self.name).name != self.name or self.name in (".", "..")):

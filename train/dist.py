@@ -9,8 +9,9 @@ prints, judges and writes. Without torchrun everything here is the identity.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -58,11 +59,11 @@ def is_loss_of_a_process(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[torch.device]:
+def joined(device: str, timeout: float = 1800.0) -> Iterator[torch.device]:
     """The device to train on; under torchrun as one of its processes, of which all but the first print nothing.
 
-    device: auto takes GPU number LOCAL_RANK. NCCL between GPUs, gloo between CPUs. ValueError on a device that is not
-    there.
+    device: auto takes GPU number LOCAL_RANK. timeout: seconds to wait for another process before it counts as lost.
+    NCCL between GPUs, gloo between CPUs. ValueError on a device that is not there.
     """
     if not launched() or dist.is_initialized():
         yield choose_device(device)
@@ -72,7 +73,8 @@ def joined(device: str) -> Iterator[torch.device]:
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     try:
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as quiet:
             if not is_main():
@@ -148,16 +150,18 @@ def mean(tensor: Tensor) -> Tensor:
     return result.div_(size())
 
 
-def mean_terms(terms: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+def mean_terms(terms: Mapping[str, Tensor], derived: Collection[str] = ()) -> tuple[dict[str, Tensor], Tensor | None]:
     """(scalars by name, averaged over all processes; fp32 [size]: 1 for each process with one that is not finite).
 
-    One message. Not finite on one process is not finite for all. The second is None where the process is alone.
+    One message. Not finite on one process is not finite for all. The second is None where the process is alone; terms
+    named in `derived`, which follow from others or from all processes, do not count for it.
     """
     if size() == 1:
         return dict(terms), None
     own = torch.stack([t.detach().float().reshape(()) for t in terms.values()])
     broke = own.new_zeros(size())
-    broke[rank()] = (~torch.isfinite(own).all()).float() * size()
+    counts = torch.tensor([n not in derived for n in terms], device=own.device)
+    broke[rank()] = (~torch.isfinite(own) & counts).any().float() * size()
     means = mean(torch.cat((own, broke)))
     return dict(zip(terms, means[: len(own)].unbind(), strict=True)), means[len(own) :]
 
@@ -247,7 +251,7 @@ def replicated(function: Callable[..., Any], *modules: nn.Module) -> Callable[..
     if size() == 1 or not any(p.requires_grad for m in modules for p in m.parameters()):
         return function
     torch._dynamo.config.optimize_ddp = False  # one graph a function, not one a bucket
-    return DistributedDataParallel(_Phase(function, modules), broadcast_buffers=False)
+    return DistributedDataParallel(_Phase(function, modules))
 
 
 @contextlib.contextmanager

@@ -198,7 +198,7 @@ class FlowRun:
 
 def train(config: FlowConfig, options: FlowOptions) -> int:
     """Runs `config`, under torchrun as one of its processes; as `train_on`."""
-    with dist.joined(options.device) as device:
+    with dist.joined(options.device, options.peer_timeout) as device:
         return train_on(device, config, options)
 
 

@@ -93,7 +93,7 @@ def start_from(config: VaeConfig, trainer: VaeTrainer, crops: CropBatches) -> No
 
 def train(config: VaeConfig, options: RunOptions) -> int:
     """Runs `config`, under torchrun as one of its processes; as `train_on`."""
-    with dist.joined(options.device) as device:
+    with dist.joined(options.device, options.peer_timeout) as device:
         return train_on(device, config, options)
 
 

@@ -208,7 +208,7 @@ class VaeTrainer:
         self, step: int, own: dict[str, Tensor], judged: list[dict[str, Tensor]], rate: float
     ) -> dict[str, Tensor]:
         """Both optimisers and the averages; all terms, averaged over all processes, with what the optimisers say."""
-        terms, ranks = dist.mean_terms(own)
+        terms, ranks = dist.mean_terms(own, DERIVED)
         watched = {n: t for n, t in terms.items() if n not in DERIVED}  # so that what broke is named, not what follows
         dist.average(p.grad for p in self.extra.parameters() if p.grad is not None)  # the rest: while it was computed
         terms["grad_norm"] = self.guards["autoencoder"].update(step, watched, ranks)
