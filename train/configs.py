@@ -44,6 +44,9 @@ class RunOptions:
     rollback: float = 0.0
     """Go back to the checkpoint before, and on with other samples, where the loss rises above this multiple of its
     median or --patience is reached; 0 is never."""
+    max_bad: float = 0.01
+    """Share of the pictures that may be unreadable (three always may) before the run stops; each is passed over and
+    listed in bad_samples.jsonl."""
     dry_run: bool = False
     """Print the resolved config, parameters, memory and arithmetic, and stop."""
 
@@ -53,6 +56,8 @@ class RunOptions:
                 raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
         if self.rollback and not self.rollback > 1:
             raise ValueError(f"rollback: expected 0 or a number above 1, got {self.rollback}")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad: expected a share in [0, 1], got {self.max_bad}")
         if self.name and (Path(self.name).name != self.name or self.name in (".", "..")):
             raise ValueError(f"name: expected a plain folder name, got {self.name!r}; --out chooses where runs go")
 

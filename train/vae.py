@@ -42,7 +42,7 @@ STATISTICS_CROPS = 1024  # that latent statistics are fitted on
 
 @torch.no_grad()
 def reconstruct_uint8(ae: AutoEncoder | RAE, images: Tensor, *, batch: int = 32) -> Tensor:
-    """uint8 [N, 3, H, W] of any size -> reconstructions, uint8 of the same shape, on the CPU; in the weights' dtype."""
+    """uint8 [N, C, H, W] of any size -> reconstructions, uint8 of the same shape, on the CPU; in the weights' dtype."""
     device = next(ae.parameters()).device
     parts = [to_uint8(ae.reconstruct(from_uint8(part.to(device)))).cpu() for part in images.split(batch)]
     return torch.cat(parts)
@@ -59,7 +59,7 @@ def fit_pca(config: VaeConfig, crops: CropBatches) -> tuple[LinearCode, Tensor]:
     """All principal components of the autoencoder's blocks, and the pixels of `crops` they were fitted on."""
     x = training_pixels(crops, FITTED_PIXELS // config.resolution**2)
     shape = config.autoencoder
-    return fit_linear_code(x, num_components=3 * shape.downsample**2, block=shape.downsample), x
+    return fit_linear_code(x, num_components=shape.channels * shape.downsample**2, block=shape.downsample), x
 
 
 def usable_compiler(device: torch.device) -> bool:
@@ -104,7 +104,7 @@ def train(config: VaeConfig, options: RunOptions) -> int:
     if config.train == "decoder" and not config.init and isinstance(config.autoencoder, AutoencoderConfig):
         raise ValueError("--train decoder keeps an encoder that is trained already: give it with --init")
     run = Run(options, preset=config.preset, config=to_dict(config))
-    pictures, held_out = open_pictures(config.data, config.held_out)
+    pictures, held_out = open_pictures(config.data, config.held_out, channels=config.autoencoder.channels)
     compiled = options.compile and usable_compiler(device)
     trainer = VaeTrainer(config, device, compiled=compiled, backend=options.backend)
     dataset = CropBatches(
@@ -113,11 +113,12 @@ def train(config: VaeConfig, options: RunOptions) -> int:
         batch=config.batch,
         augmentation=config.augmentation,
         seed=config.seed,
+        buckets=config.bucket_shapes(),
     )
     if run.saved:
         trainer.load(run.saved)
     else:
-        start_from(config, trainer, dataset)
+        start_from(config, trainer, dataset if not config.buckets else plain_crops(config, pictures))
     crops = held_out_crops(held_out, num_crops=HELD_OUT_CROPS, resolution=_held_out_side(config))
     print(text + f"{len(pictures)} training pictures, {len(held_out)} held out; {device}, {config.precision}")
     run.open(text, device)
@@ -140,7 +141,7 @@ def train(config: VaeConfig, options: RunOptions) -> int:
     if not run.start:
         evaluate(0)
     began = time.monotonic()
-    data = partial(batches, dataset, workers=config.workers)
+    data = partial(batches, dataset, workers=config.workers, bad=run.bad_samples(len(pictures)))
     code = run.loop(trainer, data, steps=config.steps, batch=config.batch, save=save, samples=dataset.names)
     if code is not None:
         return code

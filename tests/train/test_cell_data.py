@@ -19,7 +19,8 @@ from flux2.tensor_files import load_tensors
 from train import cache, cell_data
 from train.cache import LatentCache
 from train.cell_data import PROBE_STEP, Crops, fixed_crops, load_latents, make_latents, reference_moments
-from train.data import Augmentation, CropBatches, centre_square
+from train.crops import Augmentation, centre_square
+from train.data import CropBatches
 from train.loop import Interrupted
 
 CPU = torch.device("cpu")
