@@ -265,7 +265,7 @@ class AutoEncoder(nn.Module):
 
     def encode_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(`encode_moments(x)`, h): features h [N, C, H/f, W/f] are what `encoder_grad_norm` needs."""
-        check_pixels(x, self.cfg.multiple)
+        check_pixels(x, self.cfg.multiple, self.cfg.channels)
         return self.encoder.with_features(x.contiguous(memory_format=torch.channels_last))
 
     def posterior(self, x: Tensor) -> Posterior:
@@ -342,7 +342,7 @@ class AutoEncoder(nn.Module):
 
     def pad(self, x: Tensor) -> Tensor:
         """Pixels [N, 3, H, W] of any size -> sides continued by reflection, right and below, to the next multiple."""
-        return pad_by_reflection(x, self.cfg.multiple)
+        return pad_by_reflection(x, self.cfg.multiple, self.cfg.channels)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flux2.images import from_uint8
+from flux2.images import as_rgb, from_uint8
 from flux2.perceptual import LPIPS
 
 
@@ -59,4 +59,4 @@ def lpips_distance(a: Tensor, b: Tensor, net: LPIPS) -> Tensor:
     or types, or sides below 32.
     """
     _check(a, b)
-    return net.distances(from_uint8(a), from_uint8(b))
+    return net.distances(as_rgb(from_uint8(a)), as_rgb(from_uint8(b)))
