@@ -38,7 +38,7 @@ class EdgeConv2d(nn.Conv2d):
 
 
 def check_pixels(x: Tensor, multiple: int, channels: int = 3) -> None:
-    """ValueError unless x is floating-point [N, channels, H, W] with sides that are positive multiples of `multiple`."""
+    """ValueError unless x is floating-point [N, channels, H, W] with sides positive multiples of `multiple`."""
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"pixels: expected [N, {channels}, H, W], got {list(x.shape)}")
     if not x.is_floating_point():
@@ -51,7 +51,7 @@ def check_pixels(x: Tensor, multiple: int, channels: int = 3) -> None:
 
 
 def pad_by_reflection(x: Tensor, multiple: int, channels: int = 3) -> Tensor:
-    """Pixels [N, channels, H, W] of any size -> sides continued by reflection, right and below, to the next multiple."""
+    """Pixels [N, channels, H, W] of any size -> sides continued by reflection, right and below, to a multiple."""
     if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
         raise ValueError(f"pixels: expected [N, {channels}, H, W] with no empty side, got {list(x.shape)}")
     rows, columns = (_reflected_index(side, multiple, x.device) for side in x.shape[2:])

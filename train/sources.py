@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -28,6 +29,9 @@ LARGEST_BYTES = 2**29  # of a picture's file in an archive or table
 BAD_FILE = (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EISDIR, errno.ENOTDIR)  # no fault of the disk's
 HUB = re.compile(r"hf:(?://)?([\w.-]+/[\w.-]+)$")
 ARCHIVES = (".tar", ".zip")
+DAMAGE = (  # what the zip reader raises on damaged files
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OverflowError, ValueError
+)  # fmt: skip
 
 
 class Source(Protocol):
@@ -125,7 +129,7 @@ class TarShards:
                         text = _pread(path, member.offset_data, member.size)
                         if (label := _label(suffix, text)) is not None:
                             classes[key] = label
-        except (tarfile.TarError, zlib.error, EOFError) as error:
+        except (tarfile.TarError, EOFError, OverflowError) as error:
             raise ValueError(f"{path}: damaged tar file ({error})") from None
         for member in self.members[first:]:
             self.labels.append(classes.get(_key(member.name)[0], _folder_of(member.name)))
@@ -149,8 +153,11 @@ class ZipArchive:
         self.archive = path
         self._zip, self._pid = self._open(), os.getpid()
         infos = [i for i in self._zip.infolist() if not i.is_dir()]
+        size = path.stat().st_size
         for info in infos:
             check_member(path, info.filename)
+            if not 0 <= info.header_offset < size:
+                raise ValueError(f"{path}: damaged zip file (member {info.filename!r} lies outside of it)")
         names = {i.filename: i for i in infos}
         shown = [i for i in infos if _key(i.filename)[1] in IMAGE_SUFFIXES]
         shown = [i for i in shown if not any(p.startswith((".", "__MACOSX")) for p in i.filename.split("/"))]
@@ -171,13 +178,16 @@ class ZipArchive:
             key, label = _key(info.filename)[0], None
             for suffix in (".cls", ".json"):
                 if (beside := names.get(key + suffix)) is not None and beside.file_size < 2**20:
-                    label = _label(suffix, self._zip.read(beside))
+                    try:
+                        label = _label(suffix, self._zip.read(beside))
+                    except DAMAGE as error:
+                        raise ValueError(f"{path}: member {beside.filename!r} is damaged ({error})") from None
             self.labels.append(_folder_of(info.filename) if label is None else label)
 
     def _open(self) -> zipfile.ZipFile:
         try:
             return zipfile.ZipFile(self.archive)
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{self.archive}: damaged zip file ({error})") from None
 
     def __getstate__(self) -> dict:  # open files do not travel
@@ -196,7 +206,7 @@ class ZipArchive:
         try:
             with self._zip.open(info) as member:  # which ends at the size the index says, and checks the CRC
                 return io.BytesIO(member.read())
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{self.paths[index]}: damaged in the archive ({error})") from None
 
     def stamp(self, index: int) -> str:

@@ -1,4 +1,4 @@
-"""Bad pictures: the next of the epoch's order in the place of each, listed once, the same for any workers and resume."""
+"""Bad pictures: the next of the epoch's order in their place, listed once, the same for any workers and resume."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_the_next_of_the_epochs_order_stands_in_for_a_bad_one(tmp_path):
     dataset = crops(folder_of(tmp_path), batch=12)
     order = [dataset.picture_of(0, i) for i in range(12)]
     samples = dataset.read(0)
-    for place, index in enumerate(order):
+    for place in range(12):
         later = next(i for i in order[place:] + order[:place] if i < 10)  # a0 .. a9 come first
         assert samples.pictures[place] == later and values(samples.crops)[place] == 10 * later
     assert sorted(b.sample for b in samples.bad)[0].endswith("b3.jpg") and "not a picture" in samples.bad[0].reason

@@ -121,7 +121,18 @@ def small(monkeypatch):
 def test_an_autoencoder_trains_on_buckets_and_resumes_to_the_same_bits(tmp_path, small):
     data = folder_of(tmp_path / "p", SIZES * 2)
     flags = ("--data", data, "--buckets", "3", "--steps", "6", "--accumulate", "2", "--eq-probability", "0.5")
-    flags += ("--gan.weight", "0.5", "--gan.width", "8", "--gan.n-layers", "1", "--teacher", "hog", "--resolution", "64")
+    flags += (
+        "--gan.weight",
+        "0.5",
+        "--gan.width",
+        "8",
+        "--gan.n-layers",
+        "1",
+        "--teacher",
+        "hog",
+        "--resolution",
+        "64",
+    )
     flags += ("--eq-scales", "0.5", "1.0")
     assert run(tmp_path, *flags, "--name", "whole") == 0
     assert run(tmp_path, *flags, "--name", "parts", "--stop-after", "3") == 0

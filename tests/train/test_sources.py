@@ -1,4 +1,4 @@
-"""Sources: a folder, tar shards, a zip and a table of the same pictures are the same pictures; what is wrong is named."""
+"""Sources: a folder, tar shards, a zip and a table hold the same pictures; what is wrong with one is named."""
 
 import io
 import json
@@ -227,7 +227,7 @@ def test_table_errors(tmp_path):
     with pytest.raises(ValueError, match="expected hf:USER/NAME, got 'hf:nobody'"):
         open_source("hf:nobody")
     for name in ("hf:nobody/nothing", "hf://nobody/nothing"):
-        with pytest.raises(OSError, match=r"hf:.*nobody/nothing: cannot be had from the Hugging Face hub nor its cache"):
+        with pytest.raises(OSError, match=r"hf:.*nobody/nothing: cannot be had from the Hugging Face hub"):
             open_source(name)
 
 
