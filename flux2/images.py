@@ -59,9 +59,9 @@ def decode_image(file: Path | BinaryIO, name: str | Path, channels: int = 3) -> 
     from PIL import ImageOps
 
     try:
-        with _opened(file, name) as opened:
-            opened.load()  # before the mode is looked at: PNG transparency is read with the pixels
-            image = ImageOps.exif_transpose(opened)
+        with _opened(file, name) as image:
+            image.load()  # before the mode is looked at: PNG transparency is read with the pixels
+            ImageOps.exif_transpose(image, in_place=True)  # else it copies all pictures, the upright too
     except _Refused:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
@@ -119,7 +119,7 @@ def _to_array(image: Image.Image, name: str | Path, channels: int) -> np.ndarray
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     if channels == 4 and image.mode == "CMYK":  # which Pillow does not convert at once
         image = image.convert("RGB")
-    array = np.array(image.convert(MODES[channels]))
+    array = np.array(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
     return array[:, :, None] if channels == 1 else array
 
 

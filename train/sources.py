@@ -215,12 +215,12 @@ class ZipArchive:
 
 
 class Table:
-    """Rows of a `datasets` table with an image column; memory-mapped. Classes by a ClassLabel column, where it has one.
+    """Rows of a `datasets` table with a column of pictures, the first of type Image; memory-mapped.
 
-    image_column: its name, else the first of type Image.
+    Classes are those of its first ClassLabel column, else of a column "label".
     """
 
-    def __init__(self, path: str, image_column: str = "") -> None:
+    def __init__(self, path: str) -> None:
         try:
             import datasets
         except ImportError:
@@ -230,8 +230,8 @@ class Table:
         images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
         # parquet of other writers: a struct of bytes and path, which `datasets` does not know to be pictures
         plain = [name for name, kind in table.features.items() if isinstance(kind, dict) and "bytes" in kind]
-        column = image_column or next(iter(images + plain), "")
-        if column not in images + plain:
+        column = next(iter(images + plain), None)
+        if column is None:
             raise ValueError(f"{path}: expected a column of pictures, got {', '.join(table.column_names)}")
         classes = {n: k for n, k in table.features.items() if isinstance(k, datasets.ClassLabel)}
         self._column = column
@@ -279,7 +279,7 @@ def _load_table(datasets, path: str):
         raise ValueError(f"{path}: damaged table ({reason})") from None
 
 
-def open_source(data: str, image_column: str = "") -> Source:
+def open_source(data: str) -> Source:
     """The pictures at `data`: a folder of pictures, tar files or parquet files, one such file (by its content, not its
     name), a brace pattern of tar files (shards/{000..010}.tar), or hf:USER/NAME.
 
@@ -288,13 +288,13 @@ def open_source(data: str, image_column: str = "") -> Source:
     if data.startswith("hf:"):
         if not HUB.match(data):
             raise ValueError(f"data: expected hf:USER/NAME, got {data!r}")
-        return Table(data, image_column)
+        return Table(data)
     if "{" in data and not Path(data).exists():
         return TarShards(_existing(expand_braces(data)))
     path = Path(data)
     if path.is_dir():
         if (path / "state.json").is_file() or _below(path, ".parquet"):
-            return Table(data, image_column)
+            return Table(data)
         if tars := _below(path, ".tar"):
             return TarShards(tars)
         return Files(find_images(path), path)
@@ -307,7 +307,7 @@ def open_source(data: str, image_column: str = "") -> Source:
     if head[257:262] == b"ustar" or (path.suffix == ".tar" and tarfile.is_tarfile(path)):
         return TarShards([path])
     if head.startswith(b"PAR1"):
-        return Table(data, image_column)
+        return Table(data)
     if path.suffix.lower() in (*ARCHIVES, ".parquet", ".tgz", ".gz"):
         raise ValueError(f"{path}: expected a plain tar, zip or parquet file, got one that begins with {head[:8]!r}")
     return Files(find_images(path), path.parent)

@@ -65,11 +65,11 @@ def test_bad_files_cost_nothing_but_themselves(soak, tmp_path):
         place = tmp_path / str(round)
         place.mkdir()
         data = folder_of(place / "p", KINDS, good=16)
-        flags = ("--data", data, "--held-out", held_out(place / "h"), "--max-bad", "0.5", "--steps", "16",
+        flags = ("--data", data, "--held-out", held_out(place / "h"), "--max-bad", "0.5", "--steps", "64",
                  "--save-every", "8", "--seed", str(round))  # fmt: skip
-        assert run(VAE, place, *flags, name="whole")[0] == 0
+        assert run(VAE, place, *flags, "--stop-after", "16", name="whole")[0] == 0
         assert run(VAE, place, *flags, "--workers", "2", "--stop-after", "5", name="parts")[0] == 0
-        code, said = run(VAE, place, *flags, "--allow-changed", "workers", name="parts")
+        code, said = run(VAE, place, *flags, "--allow-changed", "workers", "--stop-after", "16", name="parts")
         assert code == 0, said
         whole, parts = saved(place / "whole"), saved(place / "parts")
         assert whole.keys() == parts.keys()
