@@ -39,7 +39,8 @@ class AutoencoderConfig:
     latent_norm: "batchnorm" (per-channel running statistics of the patchified latent), "affine" ((z - shift) * scale)
     or "stats" (stored per-channel mean and std). shortcut: "patch" adds a trainable space-to-channel path beside
     encoder and decoder, on blocks of f x f pixels, of hidden width shortcut_width (after the residual autoencoding of
-    DC-AE, arXiv:2410.10733); "none" is every published shape.
+    DC-AE, arXiv:2410.10733); "none" is every published shape. channels: of the pixels, 1 grey, 3 RGB, 4 RGBA; wherever
+    shapes here say 3, it is this number.
     """
 
     z_channels: int
@@ -56,6 +57,7 @@ class AutoencoderConfig:
     num_groups: int = 32
     shortcut: Literal["none", "patch"] = "none"
     shortcut_width: int = 256
+    channels: int = 3
 
     def __post_init__(self) -> None:
         for name, width in (("ch", self.ch), ("decoder_ch", self.decoder_ch)):
@@ -64,6 +66,9 @@ class AutoencoderConfig:
         for name, allowed in (("latent_norm", ("batchnorm", "affine", "stats")), ("shortcut", ("none", "patch"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+        if self.channels not in (1, 3, 4):
+            raise ValueError(f"channels: expected 1 (grey), 3 (RGB) or 4 (RGBA), got {self.channels}")
 
     @property
     def downsample(self) -> int:
@@ -146,7 +151,7 @@ class Encoder(Block):
     def __init__(self, cfg: AutoencoderConfig) -> None:
         super().__init__(cfg.num_groups)
         widths = [cfg.ch * m for m in cfg.ch_mult]
-        self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(cfg.channels, cfg.ch, 3, padding=1)
         self.down = nn.ModuleList()
         width = cfg.ch
         for i, out in enumerate(widths):
@@ -161,7 +166,7 @@ class Encoder(Block):
             self.quant_conv = nn.Conv2d(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
         if cfg.shortcut == "patch":
             self.block = cfg.downsample
-            self.shortcut = PatchShortcut(3 * cfg.downsample**2, cfg.z_channels, cfg.shortcut_width)
+            self.shortcut = PatchShortcut(cfg.channels * cfg.downsample**2, cfg.z_channels, cfg.shortcut_width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.with_features(x)[0]
@@ -200,10 +205,10 @@ class Decoder(Block):
             width = widths[i]
         self.up = nn.ModuleList(levels)
         self.norm_out = nn.GroupNorm(cfg.num_groups, width, NORM_EPS)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, cfg.channels, 3, padding=1)
         if cfg.shortcut == "patch":
             self.block = cfg.downsample
-            self.shortcut = PatchShortcut(cfg.z_channels, 3 * cfg.downsample**2, cfg.shortcut_width)
+            self.shortcut = PatchShortcut(cfg.z_channels, cfg.channels * cfg.downsample**2, cfg.shortcut_width)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.with_features(z)[0]
@@ -260,7 +265,7 @@ class AutoEncoder(nn.Module):
 
     def encode_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(`encode_moments(x)`, h): features h [N, C, H/f, W/f] are what `encoder_grad` needs."""
-        check_pixels(x, self.cfg.multiple)
+        check_pixels(x, self.cfg.multiple, self.cfg.channels)
         return self.encoder.with_features(x.contiguous(memory_format=torch.channels_last))
 
     def posterior(self, x: Tensor) -> Posterior:
@@ -337,7 +342,7 @@ class AutoEncoder(nn.Module):
 
     def pad(self, x: Tensor) -> Tensor:
         """Pixels [N, 3, H, W] of any size -> sides continued by reflection, right and below, to the next multiple."""
-        return pad_by_reflection(x, self.cfg.multiple)
+        return pad_by_reflection(x, self.cfg.multiple, self.cfg.channels)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -119,7 +119,9 @@ def _without_ldm_extras(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # Shape from content
 
-_NETWORK = ("z_channels", "ch", "decoder_ch", "ch_mult", "num_res_blocks", "attn_levels", "quant_conv", "shortcut")
+_NETWORK = (
+    "z_channels", "ch", "decoder_ch", "ch_mult", "num_res_blocks", "attn_levels", "quant_conv", "shortcut", "channels"
+)  # fmt: skip
 
 
 def _network_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def _network_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     try:
         levels = count(block)
-        ch = tensors["encoder.conv_in.weight"].shape[0]
+        ch, channels = tensors["encoder.conv_in.weight"].shape[:2]
         widths = [tensors[block.format(i, 0) + "conv1.weight"].shape[0] for i in range(levels)]
         ch_mult = tuple(w // ch for w in widths)
         top = tensors["decoder.conv_in.weight"].shape[0]
@@ -149,6 +151,7 @@ def _network_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         )
     shortcut = tensors.get("encoder.shortcut.inner.weight")
     return {
+        "channels": channels,
         "z_channels": z_channels,
         "ch": ch,
         "decoder_ch": top // ch_mult[-1],
@@ -330,8 +333,8 @@ def diffusers_config(cfg: AutoencoderConfig) -> dict[str, Any]:
     down = ["AttnDownEncoderBlock2D" if i in cfg.attn_levels else "DownEncoderBlock2D" for i in range(len(cfg.ch_mult))]
     up = ["AttnUpDecoderBlock2D" if i in cfg.attn_levels else "UpDecoderBlock2D" for i in range(len(cfg.ch_mult))]
     config: dict[str, Any] = {
-        "in_channels": 3,
-        "out_channels": 3,
+        "in_channels": cfg.channels,
+        "out_channels": cfg.channels,
         "down_block_types": down,
         "up_block_types": up[::-1],
         "block_out_channels": [cfg.ch * m for m in cfg.ch_mult],

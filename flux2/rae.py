@@ -90,6 +90,11 @@ class RAEConfig:
         """There is no linear path beside the networks."""
         return "none"
 
+    @property
+    def channels(self) -> int:
+        """Of the pixels: RGB, which the encoders know alone."""
+        return 3
+
 
 # fmt: off
 RAES: dict[str, RAEConfig] = {

@@ -21,7 +21,7 @@ from flux2.adversarial import (
 )
 from flux2.augment import DIFFAUG_DRAWS, DiffAug
 from flux2.discriminator import PatchDiscriminator, ViTDiscriminator, load_backbone
-from flux2.images import from_uint8, to_uint8
+from flux2.images import as_rgb, from_uint8, to_uint8
 from kernels.philox import uniform
 from train import dist
 from train.data import STREAM_AUGMENT
@@ -30,11 +30,11 @@ from train.loop import load_optimiser_tensors, optimiser_tensors
 from train.vae_config import GanConfig, VaeConfig
 
 
-def build_discriminator(gan: GanConfig) -> nn.Module:
-    """The network of `gan`, weights random but for a frozen backbone's."""
+def build_discriminator(gan: GanConfig, channels: int = 3) -> nn.Module:
+    """The network of `gan`, weights random but for a frozen backbone's; vit sees RGB, by `flux2.images.as_rgb`."""
     if gan.discriminator == "vit":
         return ViTDiscriminator(load_backbone(gan.backbone, gan.backbone_weights))
-    return PatchDiscriminator(width=gan.width, n_layers=gan.n_layers, norm=gan.norm)
+    return PatchDiscriminator(channels, width=gan.width, n_layers=gan.n_layers, norm=gan.norm)
 
 
 class Adversary:
@@ -48,11 +48,12 @@ class Adversary:
         self, config: VaeConfig, device: torch.device, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
     ) -> None:
         self.config, self.gan, self.device = config, config.gan, device
-        self.discriminator = build_discriminator(self.gan).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if dist.size() > 1 and any(isinstance(m, nn.BatchNorm2d) for m in self.discriminator.modules()):
+        network = build_discriminator(self.gan, config.autoencoder.channels)
+        if dist.size() > 1 and any(isinstance(m, nn.BatchNorm2d) for m in network.modules()):
             if device.type != "cuda":
                 raise ValueError("gan.norm: expected group between several processes on CPUs, got batch")
-            self.discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(self.discriminator)
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.discriminator = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.lecam = LeCAM().to(device)
         self.start = StartState(self.gan.start)
         self.augment = DiffAug(probability=self.gan.augment)
@@ -65,6 +66,7 @@ class Adversary:
     def logits(self, x: Tensor, draws: Tensor) -> Tensor:
         """What the discriminator says of augmented pixels."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            x = as_rgb(x) if self.gan.discriminator == "vit" else x
             return self.discriminator(self.augment(x, draws) if self.gan.augment else x)
 
     def fool(self, recon: Tensor, draws: Tensor) -> Tensor:

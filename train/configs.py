@@ -46,6 +46,9 @@ class RunOptions:
     median or --patience is reached; 0 is never."""
     peer_timeout: float = 1800.0
     """Seconds that a process of several waits for another before that counts as lost, and the run starts again."""
+    max_bad: float = 0.01
+    """Share of the pictures that may be unreadable (three always may) before the run stops; each is passed over and
+    listed in bad_samples.jsonl."""
     dry_run: bool = False
     """Print the resolved config, parameters, memory and arithmetic, and stop."""
 
@@ -57,6 +60,8 @@ class RunOptions:
             raise ValueError(f"peer_timeout: expected a positive number of seconds, got {self.peer_timeout}")
         if self.rollback and not self.rollback > 1:
             raise ValueError(f"rollback: expected 0 or a number above 1, got {self.rollback}")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad: expected a share in [0, 1], got {self.max_bad}")
         if self.name and (Path(self.name).name != self.name or self.name in (".", "..")):
             raise ValueError(f"name: expected a plain folder name, got {self.name!r}; --out chooses where runs go")
 

@@ -44,7 +44,7 @@ class FlowRun:
         if config.resolution % ae.cfg.multiple:
             raise ValueError(f"resolution: expected a multiple of {ae.cfg.multiple}, got {config.resolution}")
         self.ae, self.grid = ae.to(device), config.resolution // ae.cfg.multiple
-        self.pictures, self.held_out = open_pictures(config.data, config.held_out)
+        self.pictures, self.held_out = open_pictures(config.data, config.held_out, channels=ae.cfg.channels)
         self.cache = LatentCache(config.cache, ae) if config.cache not in ("", "auto") else None
         self.classes = sorted(set(class_names(self.pictures, config.data)))
         token_channels = 0
@@ -86,7 +86,7 @@ class FlowRun:
                 autoencoder=str(self.run.folder / AUTOENCODER), out=folder, data=config.data, held_out=config.held_out,
                 resolution=config.resolution, crops=share, crop_scale=augmentation.crop_scale, flip=augmentation.flip,
                 teacher=config.repa, teacher_weights=self.options.repa_weights, seed=config.seed,
-                device=self.options.device,
+                device=self.options.device, max_bad=self.options.max_bad,
             )  # fmt: skip
             if code := dist.from_main(lambda: make_cache(made)):
                 return code
@@ -101,17 +101,23 @@ class FlowRun:
             data = self._crops(self.pictures, augmentation, config.batch, self.trainer.share)
         self.data: LabelledCrops | CachedLatents = data
         self.crops = self._crops(self.pictures, augmentation, VALIDATION_CROPS)
-        held_out = self._crops(self.held_out, augmentation, VALIDATION_CROPS)
+        held_out = self._crops(self.held_out, augmentation, VALIDATION_CROPS, skip_bad=False)
         self.validation = {"fresh": self._latents(self.crops), "held_out": self._latents(held_out)}
         return 0
 
     def _crops(
-        self, pictures: Pictures, augmentation: Augmentation, batch: int, share: dist.Share | None = None
+        self,
+        pictures: Pictures,
+        augmentation: Augmentation,
+        batch: int,
+        share: dist.Share | None = None,
+        *,
+        skip_bad: bool = True,
     ) -> LabelledCrops:
         config = self.config
         return LabelledCrops(
             pictures, config.data, self.classes, resolution=config.resolution, batch=batch, augmentation=augmentation,
-            seed=config.seed, share=share,
+            seed=config.seed, share=share, skip_bad=skip_bad,
         )  # fmt: skip
 
     def _latents(self, crops: LabelledCrops) -> tuple[Tensor, Tensor]:
@@ -228,7 +234,7 @@ def train_on(device: torch.device, config: FlowConfig, options: FlowOptions) -> 
     if not run.start:
         flow.validate(0)
     began = time.monotonic()
-    data = partial(batches, flow.data, workers=config.workers)
+    data = partial(batches, flow.data, workers=config.workers, bad=run.bad_samples(len(flow.pictures)))
     code = run.loop(trainer, data, steps=config.steps, batch=config.batch, save=flow.save, samples=flow.data.names)
     if code is not None:
         return code

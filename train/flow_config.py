@@ -22,9 +22,10 @@ class FlowConfig:
     autoencoder: str = ""
     """Run of train.vae, .safetensors file or diffusers folder; by default the newest run in --out, else one is made."""
     data: str = "photographs"
-    """"photographs" (bundled with scikit-image, each a class) or a folder of pictures; its sub-folders are classes."""
+    """"photographs" (bundled with scikit-image, each a class), a folder of pictures, whose sub-folders are classes, tar
+    files, a zip, parquet files or hf:USER/NAME; docs/data.md has examples."""
     held_out: str = ""
-    """Folder of held-out pictures; by default coffee and chelsea, or each 20th picture of --data."""
+    """Held-out pictures, likewise; by default coffee and chelsea, or each 20th picture of --data."""
     cache: str = ""
     """Latent cache (python -m train.data cache) to train on, instead of crops of --data encoded as they come; auto
     makes one in the run's folder."""

@@ -14,6 +14,7 @@ from flux2.autoencoder import AutoEncoder
 from flux2.checkpoints import FORMAT, load_autoencoder
 from flux2.rae import RAE
 from kernels.philox import uniform
+from train.bad_samples import Bad
 from train.cache import LatentCache
 from train.data import Augmentation, CropBatches, EpochOrder, Pictures, class_names
 from train.dist import Share, size
@@ -22,7 +23,7 @@ STREAM_MIRROR = 110  # Philox stream of which samples of a cache are mirrored
 
 
 class LabelledCrops(Dataset):
-    """Item `step`: pixels uint8 [n, 3, R, R] and labels int64 [n], indices into `classes`; len(classes) for others."""
+    """Item `step`: pixels uint8 [n, C, R, R] and labels int64 [n], indices into `classes`; len(classes) for others."""
 
     def __init__(
         self,
@@ -34,17 +35,29 @@ class LabelledCrops(Dataset):
         batch: int,
         augmentation: Augmentation,
         seed: int,
+        skip_bad: bool = True,
         share: Share | None = None,
     ) -> None:
         self.crops = CropBatches(
-            pictures, resolution=resolution, batch=batch, augmentation=augmentation, seed=seed, share=share
+            pictures,
+            resolution=resolution,
+            batch=batch,
+            augmentation=augmentation,
+            seed=seed,
+            skip_bad=skip_bad,
+            share=share,
         )
         index = {name: i for i, name in enumerate(classes)}
         self.labels = [index.get(name, len(classes)) for name in class_names(pictures, data)]
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        labels = [self.labels[self.crops.picture_of(step, i)] for i in self.crops.samples]
-        return {"pixels": self.crops[step], "labels": torch.tensor(labels)}
+        return self.reported(step)[0]
+
+    def reported(self, step: int) -> tuple[dict[str, Tensor], list[Bad]]:
+        """(item, pictures that could not be read)"""
+        samples = self.crops.read(step)
+        labels = torch.tensor([self.labels[i] for i in samples.pictures])
+        return {"pixels": samples.crops, "labels": labels}, samples.bad
 
     def names(self, step: int, ranks: Sequence[int] = ()) -> list[str]:
         """Of the pictures of a step."""
@@ -55,7 +68,7 @@ class LabelledCrops(Dataset):
         own = [i for i, y in enumerate(self.labels) if y == label]
         if not own:
             raise ValueError(f"class {label}: has no picture")
-        pictures = Pictures([self.crops.pictures.paths[i] for i in own[:num]], in_memory=False)
+        pictures = self.crops.pictures.subset(own[:num])
         crops = CropBatches(
             pictures, resolution=self.crops.resolution, batch=num, augmentation=self.crops.augmentation,
             seed=self.crops.seed,

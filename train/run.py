@@ -14,6 +14,7 @@ from torch import Tensor
 from flux2.checkpoint_folders import Checkpoints
 from flux2.tensor_files import save_json
 from train import dist
+from train.bad_samples import BadSamples
 from train.configs import RunOptions, differences
 from train.guards import GuardedOptimiser, Spike, SpikeWatch
 from train.loop import (
@@ -110,6 +111,10 @@ class Run:
             save_sharded(self.checkpoints, step, tensors, {**config, **own})
         elif dist.is_main():
             self.checkpoints.save(step, tensors, {**config, **own})
+
+    def bad_samples(self, pictures: int) -> BadSamples:
+        """The list of its pictures that cannot be read."""
+        return BadSamples(self.folder / "bad_samples.jsonl", total=pictures, most=self.options.max_bad)
 
     def stop(self, steps: int) -> int:
         """The step this process leaves at."""

@@ -43,7 +43,7 @@ STATISTICS_CROPS = 1024  # that latent statistics are fitted on
 
 @torch.no_grad()
 def reconstruct_uint8(ae: AutoEncoder | RAE, images: Tensor, *, batch: int = 32) -> Tensor:
-    """uint8 [N, 3, H, W] of any size -> reconstructions, uint8 of the same shape, on the CPU; in the weights' dtype."""
+    """uint8 [N, C, H, W] of any size -> reconstructions, uint8 of the same shape, on the CPU; in the weights' dtype."""
     device = next(ae.parameters()).device
     parts = [to_uint8(ae.reconstruct(from_uint8(part.to(device)))).cpu() for part in images.split(batch)]
     return torch.cat(parts)
@@ -60,7 +60,7 @@ def fit_pca(config: VaeConfig, crops: CropBatches) -> tuple[LinearCode, Tensor]:
     """All principal components of the autoencoder's blocks, and the pixels of `crops` they were fitted on."""
     x = training_pixels(crops, FITTED_PIXELS // config.resolution**2)
     shape = config.autoencoder
-    return fit_linear_code(x, num_components=3 * shape.downsample**2, block=shape.downsample), x
+    return fit_linear_code(x, num_components=shape.channels * shape.downsample**2, block=shape.downsample), x
 
 
 def usable_compiler(device: torch.device) -> bool:
@@ -110,18 +110,20 @@ def train_on(device: torch.device, config: VaeConfig, options: RunOptions) -> in
     if config.train == "decoder" and not config.init and isinstance(config.autoencoder, AutoencoderConfig):
         raise ValueError("--train decoder keeps an encoder that is trained already: give it with --init")
     run = Run(options, preset=config.preset, config=to_dict(config))
-    pictures, held_out = open_pictures(config.data, config.held_out)
+    pictures, held_out = open_pictures(config.data, config.held_out, channels=config.autoencoder.channels)
     compiled = options.compile and usable_compiler(device)
     trainer = VaeTrainer(config, device, compiled=compiled, backend=options.backend)
     crops_of = partial(
         CropBatches, pictures, resolution=config.resolution, batch=config.batch, augmentation=config.augmentation,
         seed=config.seed,
+        buckets=config.bucket_shapes(),
     )  # fmt: skip
     dataset = crops_of(share=trainer.share)
     if run.saved:
         trainer.load(run.saved)
     else:
-        dist.from_main(lambda: start_from(config, trainer, crops_of()))
+        fitted = plain_crops(config, pictures) if config.buckets else crops_of()
+        dist.from_main(lambda: start_from(config, trainer, fitted))
         trainer.copy_from_main()
     crops = held_out_crops(held_out, num_crops=HELD_OUT_CROPS, resolution=_held_out_side(config))
     print(text + f"{len(pictures)} training pictures, {len(held_out)} held out; {device}, {config.precision}")
@@ -146,7 +148,7 @@ def train_on(device: torch.device, config: VaeConfig, options: RunOptions) -> in
     if not run.start and dist.is_main():
         evaluate(0)
     began = time.monotonic()
-    data = partial(batches, dataset, workers=config.workers)
+    data = partial(batches, dataset, workers=config.workers, bad=run.bad_samples(len(pictures)))
     code = run.loop(trainer, data, steps=config.steps, batch=config.batch, save=save, samples=dataset.names)
     if code is not None or not dist.is_main():
         return code or 0

@@ -25,7 +25,7 @@ from flux2.alignment import AlignmentHead, cosine_alignment, vf_loss
 from flux2.autoencoder import AutoEncoder, AutoencoderConfig, Posterior
 from flux2.ema import EMA
 from flux2.equivariance import Transform, draw
-from flux2.images import from_uint8
+from flux2.images import as_rgb, from_uint8
 from flux2.latents import patchify
 from flux2.losses import LogVariance, charbonnier, kl, l1, l2, laplacian_loss
 from flux2.perceptual import LPIPS
@@ -86,8 +86,9 @@ class VaeTrainer:
         self.lr = 0.0
         # each phase that holds a network is a function of its own, without graph breaks where it is compiled
         wrap = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
-        if compiled:  # one graph a size of EQ-VAE's, and a few for gradients switched on and off
-            torch._dynamo.config.recompile_limit = max(8, 2 * (len(config.eq_scales) + 2))
+        if compiled:  # one graph a bucket and size of EQ-VAE's, and a few for gradients switched on and off
+            shapes = max(1, len(config.bucket_shapes()))
+            torch._dynamo.config.recompile_limit = max(8, 2 * shapes * (len(config.eq_scales) + 2))
         self._encode, self._decode = wrap(self.encode), wrap(self.decode)
         self._pixels, self._tokens = wrap(self.pixel_terms), wrap(self.tokens)
         self._frozen_latent = wrap(self.frozen_latent)
@@ -138,14 +139,14 @@ class VaeTrainer:
 
     def tokens(self, x: Tensor) -> Tensor:
         with self.autocast():
-            return self.teacher(x)
+            return self.teacher(as_rgb(x))
 
     def pixel_terms(self, recon: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """Pixels [N, 3, H, W] both -> the reconstruction terms that have a weight, fp32 scalars, unweighted."""
+        """Pixels [N, C, H, W] both -> the reconstruction terms that have a weight, fp32 scalars, unweighted."""
         terms = {name: f(recon, x) for name, f in PIXEL_LOSSES.items() if self.config.weight(name)}
         if self.lpips is not None:
             with self.autocast():
-                terms["lpips"] = self.lpips(recon, x)
+                terms["lpips"] = self.lpips(as_rgb(recon), as_rgb(x))
         return terms
 
     # One update

@@ -26,21 +26,8 @@ def hosts():
     try:
         for name in names:
             ip("netns", "add", name)
-        ip(
-            "link",
-            "add",
-            f"v{os.getpid()}",
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth",
-            "netns",
-            names[1],
-        )
-        ip("-n", names[0], "link", "set", f"v{os.getpid()}", "name", "eth")
+        veth = ("type", "veth", "peer", "name", "eth", "netns", names[1])
+        ip("-n", names[0], "link", "add", "eth", *veth)
         for i, name in enumerate(names, 1):
             ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "eth")
             for device in ("lo", "eth"):
