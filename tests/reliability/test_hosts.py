@@ -11,6 +11,7 @@ import programs
 import pytest
 
 from train.loop import read_log
+from train.scaling import ddp_bytes
 
 FLAGS = ("--batch", "8", "--steps", "100000", "--save-every", "20", "--peer-timeout", "15")
 
@@ -93,7 +94,12 @@ def test_run_across_two_hosts_survives_the_loss_of_one(soak, tmp_path):
                 process.wait()
     steps = [r["step"] for r in read_log(tmp_path / "x" / "log.jsonl") if "loss" in r]
     assert steps == sorted(set(steps)) and steps[-1] >= at + 60
-    soak.found("A run across two hosts goes on when one is lost", hosts_lost=1, steps_after=steps[-1] - at)
+    predicted = ddp_bytes(parameters, 2)
+    assert predicted < 1.3 * a_step and a_step < 1.5 * predicted  # the log is read a few steps late; headers
+    soak.found(
+        "A run across two hosts goes on when one is lost; bytes between them a step are those of the model",
+        hosts_lost=1, steps_after=steps[-1] - at, bytes_a_step=round(a_step), predicted=round(predicted),
+    )  # fmt: skip
 
 
 def wait(what, said):
