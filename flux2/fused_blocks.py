@@ -26,7 +26,7 @@ TRIAL_SIDE = 4  # pixels of a trial's input
 def _touched(name: str, part: Any, kind: type) -> str | None:
     """Why `part` is not a plain module of that class, which does what its parameters say; None if it is."""
     if type(part) is not kind:
-        return f"{name}: expected a plain {kind.__name__}, got {type(part).__name__}"
+        return f"{name}: expected a torch.nn.{kind.__name__}, got {type(part).__module__}.{type(part).__name__}"
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return f"{name} has hooks"
     if "forward" in part.__dict__ or "_conv_forward" in part.__dict__:

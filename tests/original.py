@@ -1,4 +1,4 @@
-"""Small copies of the original autoencoders' modules, written after black-forest-labs/flux2 and CompVis/latent-diffusion.
+"""The original autoencoders' modules, small, written after black-forest-labs/flux2 and CompVis/latent-diffusion.
 
 Class names, attributes, calls and their order are those of the originals; widths are the caller's.
 """
