@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from flux2.autoencoder import AUTOENCODERS, BN_EPS, BN_MOMENTUM, AutoEncoder, AutoencoderConfig
+from flux2.checkpoint_folders import MANIFEST, Checkpoints, check
 from flux2.checkpoints_rae import build_rae
 from flux2.rae import RAE, RAES, RAEConfig
 from flux2.tensor_files import (
@@ -260,17 +261,19 @@ def _read(path: Path, preset: str | None) -> tuple[dict[str, Tensor], Autoencode
             return tensors, infer_config(tensors, preset), path
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+    if (path / MANIFEST).is_file():
+        check(path)
     if (path / "config.json").is_file():
         return _read_folder(path, preset)
     if (path / "vae" / "config.json").is_file():  # a whole diffusers pipeline
         return _read_folder(path / "vae", preset)
-    steps = [p for p in (*path.glob("step_*"), *path.glob("checkpoints/step_*")) if (p / "config.json").is_file()]
-    if not steps:
-        raise ValueError(
-            f"{path}: expected a diffusers folder (config.json and {DIFFUSERS_WEIGHTS}) or a run of train.vae"
-            " (checkpoints/step_*), got a folder with neither"
-        )
-    return _read_folder(max(steps, key=lambda p: p.name), preset)
+    for checkpoints in (Checkpoints(path / "checkpoints"), Checkpoints(path)):
+        if (newest := checkpoints.newest()) is not None:
+            return _read_folder(checkpoints.path(newest), preset)
+    raise ValueError(
+        f"{path}: expected a diffusers folder (config.json and {DIFFUSERS_WEIGHTS}) or a run of train.vae"
+        " (checkpoints/step_*), got a folder with neither"
+    )
 
 
 def _read_folder(folder: Path, preset: str | None) -> tuple[dict[str, Tensor], AutoencoderConfig | RAEConfig, Path]:

@@ -32,6 +32,7 @@ from flux2.checkpoints import load_autoencoder, save_json, save_tensors
 from flux2.images import from_uint8
 from flux2.rae import RAE
 from flux2.teachers import build_teacher
+from flux2.tensor_files import file_hash
 from kernels.philox import uniform
 from train.data import DRAWS, Augmentation, Pictures, centre_square, class_names, crop_of, open_pictures
 from train.loop import Interrupt, Progress, choose_device
@@ -91,12 +92,6 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_cache(config: CacheConfig) -> int:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flux2.images import find_images, from_uint8, load_image
 from kernels.philox import uniform
+from train.loop import SIGNALS
 
 TRAINING_PHOTOGRAPHS = (
     "astronaut.png",
@@ -225,9 +226,10 @@ def _colours(batch: Tensor, draws: Tensor, strength: float) -> Tensor:
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
-def _ignore_interrupts(_: int) -> None:
-    """A terminal sends Ctrl-C to worker processes too; when to stop is the main process's to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(_: int) -> None:
+    """Terminals and schedulers send signals to worker processes, too; when to stop is the main process's to say."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(dataset: Dataset, start: int, stop: int, *, workers: int) -> Iterator[Any]:
@@ -238,7 +240,7 @@ def batches(dataset: Dataset, start: int, stop: int, *, workers: int) -> Iterato
         sampler=range(start, stop),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -168,10 +169,8 @@ class FlowRun:
             "classes": self.classes,
             "train_shift": self.trainer.shift,
             "grid": self.grid,
-            "train": to_dict(self.config),
-            "step": step,
         }
-        self.run.checkpoints.save(step, self.trainer.tensors(), plain)
+        self.run.save(step, self.trainer.tensors(), plain)
 
 
 def train(config: FlowConfig, options: FlowOptions) -> int:
@@ -201,7 +200,7 @@ def train(config: FlowConfig, options: FlowOptions) -> int:
     if not run.start:
         flow.validate(0)
     began = time.monotonic()
-    data = batches(flow.data, run.start, run.stop(config.steps), workers=config.workers)
+    data = partial(batches, flow.data, workers=config.workers)
     code = run.loop(trainer, data, steps=config.steps, batch=config.batch, save=flow.save, samples=flow.data.names)
     if code is not None:
         return code
@@ -218,7 +217,7 @@ def train(config: FlowConfig, options: FlowOptions) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program: exit code 0; 2 on bad input; 130 or 143 after an interruption that was saved."""
+    """The program: exit code 0; 2 on bad input; 130, 143 or 138 after an interruption that was saved."""
     return exit_code(lambda: train(*parse_flow(sys.argv[1:] if argv is None else argv)))
 
 

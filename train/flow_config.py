@@ -195,7 +195,7 @@ _DESCRIPTION = """Train a flow-matching transformer on an autoencoder's latents.
   python -m train.flow --name mine --resume auto      go on after an interruption
 
 Writes OUT/NAME/: config.yaml, env.json, log.jsonl, autoencoder.safetensors, checkpoints/, samples/, report.html.
-Ctrl-C or SIGTERM saves and leaves (exit code 130 or 143); a second Ctrl-C leaves at once.
+Ctrl-C, SIGTERM and SIGUSR1 save and leave (exit code 130, 143, 138); a second one leaves at once.
 """
 
 

@@ -31,6 +31,8 @@ class FlowTrainer:
     token_channels: channels of a cache's tokens, where the teacher's features come from there.
     """
 
+    watched = "velocity"
+
     def __init__(
         self,
         config: FlowConfig,

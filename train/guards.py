@@ -6,6 +6,8 @@ Whether to skip is decided on the device, so that a GPU does not wait; what brok
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -24,6 +26,35 @@ class Skipped:
 
     def __str__(self) -> str:
         return f"step {self.step}: {', '.join(self.broke)}"
+
+
+class Spike(Exception):
+    """What the run should go back from; the text says why."""
+
+
+class SpikeWatch:
+    """Raises Spike where a loss is above `factor` times the median of what came before it. factor 0: never.
+
+    It looks back on at most KEPT values and says nothing before LEAST.
+    """
+
+    KEPT, LEAST = 20, 5
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self._seen = factor, deque[float](maxlen=self.KEPT)
+
+    def observe(self, loss: float) -> None:
+        """Takes the next value; NaN where no step of the window had a finite one."""
+        if self.factor and len(self._seen) >= self.LEAST:
+            median = statistics.median(self._seen)
+            if not loss <= self.factor * median:
+                raise Spike(f"the loss is {loss:.4g}, more than {self.factor:g} times its median {median:.4g}")
+        if loss == loss:
+            self._seen.append(loss)
+
+    def forget(self) -> None:
+        """After going back."""
+        self._seen.clear()
 
 
 class GuardedOptimiser:
@@ -71,6 +102,10 @@ class GuardedOptimiser:
         self.optimiser.zero_grad(set_to_none=True)
         self._window.append((step, list(terms), values, norms))
         return norm
+
+    def forget(self) -> None:
+        """After going back to an older state: what was skipped since then is no longer in a row."""
+        self._window, self.in_a_row, self.longest = [], 0, 0
 
     def read(self) -> tuple[list[Skipped], list[str]]:
         """(updates skipped since the last call, parameters whose gradient was zero at each update since then).

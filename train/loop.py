@@ -1,4 +1,4 @@
-"""What every training program needs around its step: checkpoints, interruption, the progress line, the log."""
+"""What every training program needs around its step: device, interruption, the log, the progress line."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from flux2.tensor_files import load_tensors, save_json, save_tensors
 
 
 def choose_device(name: str) -> torch.device:
@@ -117,14 +115,18 @@ def latest_run_folder(out: Path, name: str, default: str) -> Path:
     return last
 
 
+# what asks a program to save and leave; SIGUSR1 is what Slurm sends before its time limit (--signal=USR1@60)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
 class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads between steps; a second one acts at once."""
+    """Turns the first of SIGNALS into a flag that the loop reads between steps; a second one acts at once."""
 
     def __init__(self) -> None:
         self.signal = 0
 
     def __enter__(self) -> Interrupt:
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {s: signal.signal(s, self._handle) for s in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,54 +146,6 @@ class Interrupted(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.signal = number
-
-
-class Checkpoints:
-    """`folder/step_00000100/` each with safetensors files and config.json, of which the last `keep` stay.
-
-    A checkpoint is written under a temporary name, flushed to disk and renamed: a folder with a final name is complete.
-    """
-
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        self.folder, self.keep = folder, keep
-
-    def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        if not self.folder.is_dir():
-            return []
-        names = (p.name for p in self.folder.iterdir() if (p / "config.json").is_file())
-        return sorted(int(n[5:]) for n in names if n.startswith("step_") and n[5:].isdigit())
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}"
-
-    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], config: dict[str, Any]) -> Path:
-        """Writes tensors[name] to name.safetensors, `config` to config.json. On OSError older ones stay as they are."""
-        final = self.path(step)
-        if final.exists():  # resumed and stopped without a step in between
-            return final
-        temporary = self.folder / f".tmp-{os.getpid()}-step_{step:08d}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            for name, group in tensors.items():
-                save_tensors(temporary / f"{name}.safetensors", group)
-            save_json(temporary / "config.json", config)
-            temporary.rename(final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
-        for left_behind in self.folder.glob(".tmp-*"):  # of a process killed inside a save
-            shutil.rmtree(left_behind, ignore_errors=True)
-        return final
-
-    def load(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """What `save` wrote: ({name: tensors}, config)."""
-        folder = self.path(step)
-        tensors = {p.stem: load_tensors(p)[0] for p in sorted(folder.glob("*.safetensors"))}
-        return tensors, json.loads((folder / "config.json").read_text())
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import time
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -134,13 +135,12 @@ def train(config: VaeConfig, options: RunOptions) -> int:
     def save(step: int) -> None:
         fit_statistics([ema.model for ema in trainer.emas], pictures, config)
         evaluate(step)
-        plain = {"format": FORMAT, "autoencoder": to_dict(config)["autoencoder"]}
-        run.checkpoints.save(step, trainer.tensors(), {**plain, "train": to_dict(config), "step": step})
+        run.save(step, trainer.tensors(), {"format": FORMAT, "autoencoder": to_dict(config)["autoencoder"]})
 
     if not run.start:
         evaluate(0)
     began = time.monotonic()
-    data = batches(dataset, run.start, run.stop(config.steps), workers=config.workers)
+    data = partial(batches, dataset, workers=config.workers)
     code = run.loop(trainer, data, steps=config.steps, batch=config.batch, save=save, samples=dataset.names)
     if code is not None:
         return code
@@ -180,7 +180,7 @@ def fit_statistics(models: list[AutoEncoder | RAE], pictures: Pictures, config: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program: exit code 0; 2 on bad input; 130 or 143 after an interruption that was saved."""
+    """The program: exit code 0; 2 on bad input; 130, 143 or 138 after an interruption that was saved."""
     return exit_code(lambda: train(*parse_vae(sys.argv[1:] if argv is None else argv)))
 
 

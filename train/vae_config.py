@@ -361,7 +361,7 @@ _DESCRIPTION = """Train an image autoencoder.
 Presets: photos, photos-long, sd, flux.1, flux.2, flux.2-finetune, va-vae, rae, rae-tiny. --preset NAME --help
 shows one's values.
 Writes OUT/NAME/: config.yaml, env.json, log.jsonl, checkpoints/, samples/, report.html.
-Ctrl-C or SIGTERM saves and leaves (exit code 130 or 143); a second Ctrl-C leaves at once.
+Ctrl-C, SIGTERM and SIGUSR1 save and leave (exit code 130, 143, 138); a second one leaves at once.
 """
 
 

@@ -55,6 +55,7 @@ class VaeTrainer:
     """Model, averaged models, teacher, discriminator and optimisers of one run; `step` is one update of each."""
 
     teacher: Teacher  # where the latent is aligned
+    watched = "recon"
     phase = staticmethod(torch.profiler.record_function)  # what a profile calls each part of a step
 
     def __init__(self, config: VaeConfig, device: torch.device, *, compiled: bool, backend: str = "auto") -> None:
