@@ -44,6 +44,8 @@ class RunOptions:
     rollback: float = 0.0
     """Go back to the checkpoint before, and on with other samples, where the loss rises above this multiple of its
     median or --patience is reached; 0 is never."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the log goes beside log.jsonl; each has to be installed: pip install 'flux2-tokenizer[track]'."""
     dry_run: bool = False
     """Print the resolved config, parameters, memory and arithmetic, and stop."""
 

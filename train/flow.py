@@ -208,6 +208,7 @@ def train(config: FlowConfig, options: FlowOptions) -> int:
         f"trained {config.steps - run.start} steps in {time.monotonic() - began:.0f} s; writing the report", flush=True
     )
     means = flow.report(text)
+    run.trackers.close()
     print(f"samples: {run.folder / 'samples' / 'samples.png'}\nreport: {run.folder / 'report.html'}")
     print(
         f"normalised velocity loss {means['fresh']:.4f} on fresh crops of training pictures, "

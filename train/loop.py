@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -171,10 +171,13 @@ def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, 
 
 
 class Log:
-    """One JSON object a line in `path`. Lines after the step a run goes on from (0: all) come again and are dropped."""
+    """One JSON object a line in `path`. Lines after the step a run goes on from (0: all) come again and are dropped.
 
-    def __init__(self, path: Path, *, start: int) -> None:
-        self.path = path
+    also: is given every record, too.
+    """
+
+    def __init__(self, path: Path, *, start: int, also: Callable[[dict[str, Any]], None] = lambda record: None) -> None:
+        self.path, self.also = path, also
         kept = [line for line in read_log(path) if start and line["step"] <= start]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -183,6 +186,7 @@ class Log:
     def write(self, record: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        self.also(record)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from train.loop import (
     new_run_folder,
     peak_memory_bytes,
 )
+from train.trackers import Trackers, require
 
 MOST_ROLLBACKS = 5  # of one run
 LOG_EVERY = 10  # steps a line of log.jsonl is the mean of: reading a loss makes a GPU wait
@@ -57,10 +58,12 @@ class Run:
     """A new run's folder, or the one that is gone on with: `start` is its step, `saved` its checkpoint's tensors.
 
     config: the plain dict that a resumed run must share with its checkpoint, but for `--allow-changed`. Nothing is
-    written before `open`. ValueError if the name is taken, the config is another, or no checkpoint is whole.
+    written before `open`. ValueError if the name is taken, the config is another, no checkpoint is whole, or a tracker is
+    missing.
     """
 
     def __init__(self, options: RunOptions, *, preset: str, config: dict[str, Any]) -> None:
+        require(options.track)
         self.options, self.config = options, config
         choose = latest_run_folder if options.resume == "auto" else new_run_folder
         self.folder: Path = choose(options.out, options.name, preset)
@@ -88,7 +91,8 @@ class Run:
         (self.folder / "config.yaml").write_text(text)
         save_json(self.folder / "env.json", environment(device))
         self.device = device
-        self.log = Log(self.folder / "log.jsonl", start=self.start)
+        self.trackers = Trackers(self.options.track, self.folder, self.config, self.start)
+        self.log = Log(self.folder / "log.jsonl", start=self.start, also=self.trackers.log)
         if self.changed:
             self.log.write({"step": self.start, "changed": self.changed})
         resumed = f", resumed at step {self.start}" if self.start else ""
@@ -141,6 +145,7 @@ class Run:
         if done == steps:
             return None
         where, how = self.checkpoints.path(done), f"--resume auto --name {self.folder.name}"
+        self.trackers.close()
         print(f"saved {where} after {done} of {steps} steps; go on with {how}")
         return 128 + interrupt.signal if interrupt.signal else 0
 
@@ -198,7 +203,7 @@ class Run:
             guard.forget()
         self.spikes.forget()
         self.checkpoints.drop_after(step)
-        self.log = Log(self.log.path, start=step)
+        self.log = Log(self.log.path, start=step, also=self.trackers.log)
         self.log.write(
             {"step": step, "rolled_back_from": self.reached, "why": str(spike), "data_offset": self.offset,
              "rollbacks": self.rollbacks}
