@@ -58,8 +58,8 @@ class Run:
     """A new run's folder, or the one that is gone on with: `start` is its step, `saved` its checkpoint's tensors.
 
     config: the plain dict that a resumed run must share with its checkpoint, but for `--allow-changed`. Nothing is
-    written before `open`. ValueError if the name is taken, the config is another, no checkpoint is whole, or a tracker is
-    missing.
+    written before `open`. ValueError if the name is taken, the config is another, no checkpoint is whole, or a tracker
+    is not installed.
     """
 
     def __init__(self, options: RunOptions, *, preset: str, config: dict[str, Any]) -> None:
