@@ -5,8 +5,8 @@
     build/torch-BACKEND/flux2_tokenizer_kernels/  the same, for each backend, beside its metadata.json
     README.md                                   the card
 
-Nothing is compiled: Triton compiles where it runs. `kernels.get_local_kernel(Path("dist/kernel-hub"))` of Hugging Face's
-`kernels` loads it, in an environment that has theirs, not ours.
+Nothing is compiled: Triton compiles where it runs. `kernels.get_local_kernel(Path("dist/kernel-hub"))` of Hugging
+Face's `kernels` loads it, in an environment that has theirs, not ours.
 """
 
 from __future__ import annotations

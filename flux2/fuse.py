@@ -72,7 +72,7 @@ def _objection(module: nn.Module, kind: type[Fused]) -> str | None:
     if kind is Output:
         view.__dict__ = view.__dict__ | {"_modules": dict.fromkeys(module._modules) | parts}
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
             own, fused = _stand_in(view).trial()
     except Exception as error:  # other people's code: it may want anything
         return f"its forward could not be tried: {error!r}"

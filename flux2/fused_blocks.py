@@ -302,4 +302,4 @@ def _nones(stock: type[nn.Module]) -> list[None]:
 
 
 def random(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")

@@ -157,6 +157,17 @@ def test_backward_keeps_less(name, most):
     assert kept_bytes(model, x) <= most * before
 
 
+def test_bytes_that_the_page_names():
+    """docs/use-elsewhere.md: at FLUX.2's widths halved, of diffusers' own"""
+    kept = []
+    for change in (lambda model: None, fuse):
+        with torch.device("meta"):
+            model = diffusers.AutoencoderKLFlux2(block_out_channels=[64, 128, 256, 256], latent_channels=32)
+            change(model)
+            kept.append(kept_bytes(model, torch.rand(1, 3, 128, 128)))
+    assert 0.38 <= kept[1] / kept[0] <= 0.40, kept
+
+
 @pytest.mark.parametrize("name", ["flux2", "original"])
 def test_one_graph(name):
     model = make(name)
@@ -398,9 +409,9 @@ def test_a_trial_changes_nothing():
 
 
 def test_a_model_without_storage_is_fused_too():
-    with torch.device("meta"):
+    with torch.device("meta"):  # which is not where its trials are
         model = original.AutoEncoder()
-    assert fuse(model).counts == COUNTS
+        assert fuse(model).counts == COUNTS
 
 
 @pytest.mark.parametrize("make_it", [lambda: nn.Linear(2, 2), lambda: AutoEncoder(AUTOENCODERS["sd"])])
