@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux2.blocks import NORM_EPS, Block, Level, Middle
+from flux2.hub import HubMixin
 from flux2.latents import patchify, unpatchify
 from flux2.layers import EdgeConv2d, check_pixels, pad_by_reflection
 from kernels.dispatch import BACKENDS
@@ -223,7 +224,7 @@ class Decoder(Block):
         return h + F.pixel_shuffle(self.shortcut(z), self.block) if hasattr(self, "shortcut") else h, features
 
 
-class AutoEncoder(nn.Module):
+class AutoEncoder(HubMixin, nn.Module):
     """Image autoencoder of the shape `cfg`; weights random until loaded (`flux2.load_autoencoder`).
 
     Weights and activations are channels_last inside; inputs of either memory format are taken. `backend` is "auto",

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from flux2.hub import HubMixin
 from flux2.layers import check_pixels, pad_by_reflection
 from flux2.teachers import RANDOM, VITS, ViTConfig, ViTTeacher
 from flux2.tensor_files import nearest
@@ -133,7 +134,7 @@ class NoisedLatent:
         return torch.zeros(len(self.mean), device=self.mean.device)
 
 
-class RAE(nn.Module):
+class RAE(HubMixin, nn.Module):
     """Representation autoencoder of the shape `cfg`: a decoder with random weights on a frozen encoder.
 
     encoder_weights: "" takes timm's pretrained ones, from its cache or the hub; a file (`flux2.teachers.build_teacher`

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def _written_whole(path: Path):
+def written_whole(path: Path):
     """Yields a temporary path in the same folder; flushed and renamed to `path` on success, removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -57,7 +57,7 @@ def file_hash(path: Path) -> str:
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a .safetensors file, atomically. OSError if the place cannot be written."""
     path = Path(path)
-    with _written_whole(path) as temporary:
+    with written_whole(path) as temporary:
         try:
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, str(temporary), metadata)
         except SafetensorError as error:  # its own class hides what the system said
@@ -67,7 +67,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict
 def save_json(path: str | Path, value: Any) -> None:
     """Writes JSON, atomically. OSError if the place cannot be written."""
     path = Path(path)
-    with _written_whole(path) as temporary:
+    with written_whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 

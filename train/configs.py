@@ -49,6 +49,8 @@ class RunOptions:
     max_bad: float = 0.01
     """Share of the pictures that may be unreadable (three always may) before the run stops; each is passed over and
     listed in bad_samples.jsonl."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the log goes beside log.jsonl; each has to be installed: pip install 'flux2-tokenizer[track]'."""
     dry_run: bool = False
     """Print the resolved config, parameters, memory and arithmetic, and stop."""
 

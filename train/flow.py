@@ -241,7 +241,9 @@ def train_on(device: torch.device, config: FlowConfig, options: FlowOptions) -> 
     print(
         f"trained {config.steps - run.start} steps in {time.monotonic() - began:.0f} s; writing the report", flush=True
     )
-    if not (means := flow.report(text)):
+    means = flow.report(text)
+    run.trackers.close()
+    if not means:
         return 0
     print(f"samples: {run.folder / 'samples' / 'samples.png'}\nreport: {run.folder / 'report.html'}")
     print(

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -171,11 +171,20 @@ def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, 
 
 
 class Log:
-    """One JSON object a line in `path`. Lines after the step a run goes on from (0: all) come again and are dropped."""
+    """One JSON object a line in `path`. Lines after the step a run goes on from (0: all) come again and are dropped.
 
-    def __init__(self, path: Path, *, start: int, writes: bool = True) -> None:
-        """writes: False, and nothing is written: another process of the run does."""
-        self.path, self.writes = path, writes
+    also: is given every record, too. writes: False, and nothing is written: another process of the run does.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        start: int,
+        also: Callable[[dict[str, Any]], None] = lambda record: None,
+        writes: bool = True,
+    ) -> None:
+        self.path, self.also, self.writes = path, also, writes
         if not writes:
             return
         kept = [line for line in read_log(path) if start and line["step"] <= start]
@@ -188,6 +197,7 @@ class Log:
             return
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        self.also(record)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

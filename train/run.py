@@ -26,6 +26,7 @@ from train.loop import (
     new_run_folder,
     peak_memory_bytes,
 )
+from train.trackers import Trackers, require
 
 MOST_ROLLBACKS = 5  # of one run
 LOG_EVERY = 10  # steps a line of log.jsonl is the mean of: reading a loss makes a GPU wait
@@ -59,10 +60,12 @@ class Run:
     """A new run's folder, or the one that is gone on with: `start` is its step, `saved` its checkpoint's tensors.
 
     config: the plain dict that a resumed run must share with its checkpoint, but for `--allow-changed`. Nothing is
-    written before `open`. ValueError if the name is taken, the config is another, or no checkpoint is whole.
+    written before `open`. ValueError if the name is taken, the config is another, no checkpoint is whole, or a tracker
+    is not installed.
     """
 
     def __init__(self, options: RunOptions, *, preset: str, config: dict[str, Any]) -> None:
+        require(options.track)
         self.options, self.config = options, config
         choose = latest_run_folder if options.resume == "auto" else new_run_folder
         self.folder: Path = dist.from_main(lambda: choose(options.out, options.name, preset))
@@ -87,6 +90,7 @@ class Run:
         """Makes the folder, with the config's `text` and what it runs on, and opens the log. OSError if it cannot."""
         self.device = device
         dist.from_main(lambda: self._make_folder(text))
+        self.trackers = Trackers(self.options.track if dist.is_main() else (), self.folder, self.config, self.start)
         self._open_log(self.start)
         if self.changed:
             self.log.write({"step": self.start, "changed": self.changed})
@@ -100,7 +104,8 @@ class Run:
         save_json(self.folder / "env.json", environment(self.device))
 
     def _open_log(self, start: int) -> None:
-        self.log = Log(self.folder / "log.jsonl", start=start, writes=dist.is_main())
+        path = self.folder / "log.jsonl"
+        self.log = Log(path, start=start, also=self.trackers.log, writes=dist.is_main())
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], config: dict[str, Any]) -> None:
         """Writes a checkpoint; config: what its reader needs, beside what the run itself does."""
@@ -159,6 +164,7 @@ class Run:
         if done == steps:
             return None
         where, how = self.checkpoints.path(done), f"--resume auto --name {self.folder.name}"
+        self.trackers.close()
         print(f"saved {where} after {done} of {steps} steps; go on with {how}")
         return 128 + self.signal if self.signal else 0
 

@@ -160,6 +160,7 @@ def train_on(device: torch.device, config: VaeConfig, options: RunOptions) -> in
     quality = write_report(
         run.folder, config=text, ae=trainer.ema.model, crops=crops, ours=ours, code=linear, held_out=held_out
     )
+    run.trackers.close()
     print(f"report: {run.folder / 'report.html'}")
     print(f"held-out PSNR {quality:.2f} dB (EMA, {len(crops)} crops)")
     return 0

@@ -84,7 +84,12 @@ def test_run_across_two_hosts_survives_the_loss_of_one(soak, tmp_path):
         said = lambda: (tmp_path / "host-1.txt").read_text()  # noqa: E731
         try:
             wait(lambda: programs.steps_logged(tmp_path / "x") >= 40 and received(names[1]) > 100_000, said)
-            lose(names[1])
+            files = [programs.newest(tmp_path / "x")[f"{n}.safetensors"] for n in ("model", "projector")]
+            parameters = sum(t.numel() for file in files for t in file.values())
+            began, count = programs.steps_logged(tmp_path / "x"), received(names[1])
+            wait(lambda: programs.steps_logged(tmp_path / "x") >= began + 50, said)
+            a_step = (received(names[1]) - count) / (programs.steps_logged(tmp_path / "x") - began)
+            lose(names[1], cable=soak.long)
             wait(lambda: "resumed at step" in said(), said)
             at = max(programs.store_of(tmp_path / "x").steps())
             wait(lambda: programs.steps_logged(tmp_path / "x") >= at + 60, said)
