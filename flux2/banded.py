@@ -12,7 +12,7 @@ input from one band to the next, so that no row is computed twice in a pass. Nea
 convolution are computed anew in each pass over them where storing the result would raise the peak; where storing h, or
 the upsampled map, does not raise it, it is stored. Attention sees the whole map, which is the coarsest.
 
-Moments are taken about the mean of a few rows, and merged in fp64 (Chan, Golub & LeVeque 1983).
+Moments are taken about a value of the band, and merged in fp64 (Chan, Golub & LeVeque 1983).
 """
 
 from __future__ import annotations
@@ -52,17 +52,18 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """rows: [1, C, h, w]"""
-        channels = rows.shape[1]
+        channels, best = rows.shape[1], torch.float32 if rows.device.type == "mps" else torch.float64
         if not self._count:
-            best = torch.float32 if rows.device.type == "mps" else torch.float64
             self._mean, self._squares = torch.zeros(2, channels, dtype=best, device=rows.device)
         chunk = max(1, band_elements(rows.device) // channels)
         for part in rows.permute(0, 2, 3, 1).reshape(-1, channels).split(chunk):
             part = part.to(torch.promote_types(part.dtype, torch.float32))
+            pivot = part[0]
+            part = part - pivot
             mean, more = part.mean(0), len(part)
-            squares = (part - mean).square_().sum(0)
+            squares = part.sub_(mean).square_().sum(0)
             total = self._count + more
-            delta = mean - self._mean
+            delta = pivot.to(best) + mean - self._mean
             self._squares.add_(squares).addcmul_(delta, delta, value=self._count * more / total)
             self._mean.add_(delta, alpha=more / total)
             self._count = total
