@@ -112,7 +112,14 @@ def rows_of(model: str, side: int, dtype: str, ways: tuple[str, ...], threads: i
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{model} {way} {side} {dtype}: {done.stderr.strip().splitlines()[-1:]}")
-            row = {"model": model, "way": way, "side": side, "dtype": kind, **json.loads(done.stdout.splitlines()[-1])}
+            row = {
+                "commit": environment(torch.device("cpu"))["commit"],
+                "model": model,
+                "way": way,
+                "side": side,
+                "dtype": kind,
+                **json.loads(done.stdout.splitlines()[-1]),
+            }
             pictures[way] = torch.load(picture, weights_only=True)
             if "exact" in pictures and way != "exact":
                 error = pictures[way] - pictures["exact"]

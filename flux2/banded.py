@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from flux2.autoencoder import Decoder, Encoder
 
 CPU_BAND, GPU_BAND = 2**18, 2**23  # elements of a band: what a core's cache holds; what keeps a GPU busy
-LEAST_ROWS = 4  # of a band: three convolutions in a row then have something to give for the first one
-BANDS_AT_ONCE = 12  # fp32 bands that the convolutions of a block hold between them, with what they make of them
+LEAST_ROWS = 4, 2  # of the first band, out of which three convolutions in a row have to give something; of the others
+BANDS_AT_ONCE = 12  # that the convolutions of a block hold between them, with what they make of them and gaps
 WORKSPACE = 64 * 2**20  # bytes: weights as convolutions rearrange them, those of phases, their own buffers
 ATTENTION_MAPS = 7  # x, norm(x), q, k, v, the output, and its projection
 
@@ -148,12 +148,22 @@ class Feature:
     def bands(self) -> Iterator[tuple[Tensor, bool]]:
         """(rows, whether they are the last), from the first row on."""
         stage = self.stage() if self.stage else None
-        height = self.stored.shape[2]
-        row = max(self.numel, self.stored.numel()) // height
-        size = max(LEAST_ROWS, band_elements(self.stored.device) // row)
-        for start in range(0, height, size):
-            rows, last = self.stored[:, :, start : start + size], start + size >= height
+        height, start = self.stored.shape[2], 0
+        fits = band_elements(self.stored.device) // (max(self.numel, self.stored.numel()) // height)
+        first, least = (n // self.scale + (self.scale - 1) * (n > 2) for n in LEAST_ROWS)  # 4 doubled rows need 3
+        while start < height:
+            end = min(start + max(fits, least if start else first), height)
+            rows, last = self.stored[:, :, start:end], end == height
             yield (rows if stage is None else stage.push(rows, last)), last
+            start = end
+
+    def store(self, num_groups: int) -> None:
+        """Stores the map, in place of what it is computed from, and knows its statistics."""
+        sink = Sink(self.shape)
+        for rows, _ in self.bands():
+            sink.put(rows)
+        stored = sink.feature(num_groups)
+        self.stored, self.stats, self.stage, self.scale = stored.stored, stored.stats, None, 1
 
 
 class Sink:
@@ -176,14 +186,6 @@ class Sink:
         return Feature(self.map, self.moments.stats(num_groups, self.map.dtype))
 
 
-def _stored(x: Feature, num_groups: int) -> Feature:
-    """The same, stored, with its statistics."""
-    sink = Sink(x.shape)
-    for rows, _ in x.bands():
-        sink.put(rows)
-    return sink.feature(num_groups)
-
-
 def _stats(x: Feature, num_groups: int) -> Tensor:
     moments, dtype = Moments(), x.stored.dtype
     for rows, _ in x.bands():
@@ -202,7 +204,7 @@ def _res_block(block: ResBlock, x: Feature, most: int) -> Feature:
     groups, shape = block.num_groups, (1, block.conv1.out_channels, *x.shape[2:])
     out = torch.Size(shape).numel()
     if x.stage is not None and _storing(x.stored.numel(), x.numel, out, block.same_width) <= most:
-        x = _stored(x, groups)
+        x.store(groups)
     stats1 = _stats(x, groups) if x.stats is None else x.stats
     in_place = x.stage is None and block.same_width and x.stored.numel() + out > most
     first, hidden, moments = Conv(block.conv1, block.norm1, stats1, block.backend), Sink(shape), Moments()
@@ -310,8 +312,8 @@ def most_bytes(network: Encoder | Decoder, height: int, width: int, dtype: torch
     maps, row = most_elements(network, height, width)
     change = sum(2 if isinstance(s, Upsample) else -2 if isinstance(s, Downsample) else 0 for s in steps(network))
     result = network.conv_out.out_channels * int(height * width * 2.0**change)
-    band = max(band_elements(device), 2 * LEAST_ROWS * row)  # a row that is doubled gives two
-    return (maps + result) * dtype.itemsize + BANDS_AT_ONCE * band * 4 + WORKSPACE
+    band = max(band_elements(device), LEAST_ROWS[0] * row) * max(4, dtype.itemsize)  # norms compute in fp32
+    return (maps + result) * dtype.itemsize + BANDS_AT_ONCE * band + WORKSPACE
 
 
 def run(network: Encoder | Decoder, x: Tensor) -> Tensor:
