@@ -71,7 +71,7 @@ def decode_once(model: str, way: str, side: int, dtype: str, picture: Path) -> d
     z = torch.randn(1, ae.cfg.z_channels, side // ae.cfg.downsample, side // ae.cfg.downsample)
     small = z[:, :, :16, :16]
     if way == "tiled":
-        decode = _tiled(ae, DTYPES[dtype], side)
+        decode = tiled(ae, DTYPES[dtype], side)
     else:
         ae.to(DTYPES[dtype])
         memory = "normal" if way == "plain" else "low"
@@ -83,7 +83,8 @@ def decode_once(model: str, way: str, side: int, dtype: str, picture: Path) -> d
     return {"peak_bytes": peak_bytes, "seconds": round(seconds, 2)}
 
 
-def _tiled(ae: AutoEncoder, dtype: torch.dtype, side: int) -> Any:
+def tiled(ae: AutoEncoder, dtype: torch.dtype, side: int) -> Any:
+    """diffusers' decode of raw latents, tiled, of the same weights."""
     from flux2.compat import ensure_torchvision
 
     ensure_torchvision()
