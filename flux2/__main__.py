@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -36,14 +36,24 @@ class Weights:
     """auto is cuda where there is one, else cpu."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations."""
+    memory: Literal["normal", "low"] = "normal"
+    """low works in bands of rows, for large pictures: the same result up to rounding (docs/high-resolution.md)."""
 
     def load(self) -> AutoEncoder | RAE:
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
         try:
-            return load_autoencoder(self.weights, preset=self.preset, device=device, dtype=dtype)
+            ae = load_autoencoder(self.weights, preset=self.preset, device=device, dtype=dtype)
         except (RuntimeError, AssertionError) as error:  # what torch raises on a device that is not there
             raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        if self.memory == "low" and isinstance(ae, RAE):
+            raise ValueError("--memory low: expected a convolutional autoencoder, got an RAE")
+        return ae
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of encode, decode and reconstruct; an RAE has none."""
+        return {} if self.memory == "normal" else {"memory": self.memory}
 
 
 WeightsFlags = Annotated[Weights, tyro.conf.arg(name="")]
@@ -196,7 +206,7 @@ def reconstruct(images: tuple[Path, ...], /, weights: WeightsFlags, out: Path = 
             except (ValueError, OSError) as error:
                 work.report(error)
                 continue
-            recon = to_uint8(ae.reconstruct(x)).cpu()
+            recon = to_uint8(ae.reconstruct(x, **weights.options)).cpu()
             original = torch.from_numpy(image).permute(2, 0, 1)[None]
             quality = psnr(original, recon).item(), ssim(original, recon).item()
             decoded = to_array(recon[0])
@@ -229,7 +239,7 @@ def encode(images: tuple[Path, ...], /, weights: WeightsFlags, out: Path = Path(
         try:
             image, x = read_pixels(source.path, ae)
             with torch.no_grad():
-                z = ae.encode(ae.pad(x))[0].cpu()
+                z = ae.encode(ae.pad(x), **weights.options)[0].cpu()
         except (ValueError, OSError) as error:  # an RAE's statistics are of one size
             work.report(error)
             continue
@@ -259,7 +269,7 @@ def decode(latents: tuple[Path, ...], /, weights: WeightsFlags, out: Path = Path
                 got = f"latents {list(z.shape)}" if z is not None else f"tensors {', '.join(sorted(tensors)) or 'none'}"
                 raise ValueError(f"{source.path}: expected latents [{ae.cfg.latent_channels}, h, w], got {got}")
             with torch.no_grad():
-                x = ae.decode(z[None].to(next(ae.parameters())))[0]
+                x = ae.decode(z[None].to(next(ae.parameters())), **weights.options)[0]
         except (ValueError, OSError) as error:
             work.report(error)
             continue

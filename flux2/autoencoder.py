@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flux2 import banded
 from flux2.blocks import NORM_EPS, Block, Level, Middle
 from flux2.hub import HubMixin
 from flux2.latents import patchify, unpatchify
@@ -29,6 +30,7 @@ from kernels.dispatch import BACKENDS
 
 BN_EPS, BN_MOMENTUM = 1e-4, 0.1  # FLUX.2's latent BatchNorm
 LOGVAR_RANGE = (-30.0, 20.0)  # LDM
+Memory = Literal["normal", "low"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,13 +180,19 @@ class Encoder(Block):
         for level in self.down:
             h, stats = level(h, stats)
         features, stats = self.mid(h, stats)
-        h = self.norm_silu_conv(self.norm_out, self.conv_out, features, stats)
+        return self._moments(self.norm_silu_conv(self.norm_out, self.conv_out, features, stats), x), features
+
+    def banded(self, x: Tensor) -> Tensor:
+        """forward, in bands of rows: `flux2.banded`."""
+        return self._moments(banded.run(self, x), x)
+
+    def _moments(self, h: Tensor, x: Tensor) -> Tensor:
         if hasattr(self, "quant_conv"):
             h = self.quant_conv(h)
         if hasattr(self, "shortcut"):
             mean, logvar = h.chunk(2, dim=1)
             h = torch.cat((mean + self.shortcut(F.pixel_unshuffle(x, self.block)), logvar), dim=1)
-        return h, features
+        return h
 
 
 class Decoder(Block):
@@ -216,12 +224,21 @@ class Decoder(Block):
 
     def with_features(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(pixels, h): h [N, C, fh, fw] is what norm_out, SiLU and conv_out turn into pixels."""
-        h = self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z
-        features, stats = self.mid(*self.conv_add(self.conv_in, h))
+        features, stats = self.mid(*self.conv_add(self.conv_in, self._unquantised(z)))
         for level in reversed(self.up):
             features, stats = level(features, stats)
         h = self.norm_silu_conv(self.norm_out, self.conv_out, features, stats)
-        return h + F.pixel_shuffle(self.shortcut(z), self.block) if hasattr(self, "shortcut") else h, features
+        return self._pixels(h, z), features
+
+    def banded(self, z: Tensor) -> Tensor:
+        """forward, in bands of rows: `flux2.banded`."""
+        return self._pixels(banded.run(self, self._unquantised(z)), z)
+
+    def _unquantised(self, z: Tensor) -> Tensor:
+        return self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z
+
+    def _pixels(self, h: Tensor, z: Tensor) -> Tensor:
+        return h + F.pixel_shuffle(self.shortcut(z), self.block) if hasattr(self, "shortcut") else h
 
 
 class AutoEncoder(HubMixin, nn.Module):
@@ -260,18 +277,25 @@ class AutoEncoder(HubMixin, nn.Module):
             self.bn.eval()
         return self
 
-    def encode_moments(self, x: Tensor) -> Tensor:
-        """Pixels [N, 3, H, W] in [-1, 1] -> moments [N, 2z, H/f, W/f]. ValueError if a side is not a `cfg.multiple`."""
-        return self.encode_with_features(x)[0]
+    def encode_moments(self, x: Tensor, memory: Memory = "normal") -> Tensor:
+        """Pixels [N, 3, H, W] in [-1, 1] -> moments [N, 2z, H/f, W/f]. ValueError if a side is not a `cfg.multiple`.
+
+        memory: "low" is the same function in bands of rows, for large pictures (`flux2.banded`); ValueError if a
+        gradient is asked for.
+        """
+        if not self._runs_banded(x, memory):
+            return self.encode_with_features(x)[0]
+        check_pixels(x, self.cfg.multiple)
+        return self.encoder.banded(x.contiguous(memory_format=torch.channels_last))
 
     def encode_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(`encode_moments(x)`, h): features h [N, C, H/f, W/f] are what `encoder_grad` needs."""
         check_pixels(x, self.cfg.multiple, self.cfg.channels)
         return self.encoder.with_features(x.contiguous(memory_format=torch.channels_last))
 
-    def posterior(self, x: Tensor) -> Posterior:
-        """Pixels [N, 3, H, W] in [-1, 1] -> Gaussian over raw latents [N, z, H/f, W/f]."""
-        return Posterior(self.encode_moments(x))
+    def posterior(self, x: Tensor, memory: Memory = "normal") -> Posterior:
+        """Pixels [N, 3, H, W] in [-1, 1] -> Gaussian over raw latents [N, z, H/f, W/f]. memory as `encode_moments`."""
+        return Posterior(self.encode_moments(x, memory))
 
     def latent_affine(self) -> tuple[Tensor, Tensor]:
         """(mean, std), fp32, broadcastable over patchified latents: normalised = (patchified - mean) / std."""
@@ -298,17 +322,34 @@ class AutoEncoder(HubMixin, nn.Module):
         mean, std = self.latent_affine()
         return unpatchify((z * std + mean).to(z.dtype), self.cfg.patch)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Pixels [N, 3, H, W] in [-1, 1] -> normalised latents [N, z p^2, H/fp, W/fp] of the posterior's mode."""
-        return self.normalise(self.posterior(x).mode())
+    def encode(self, x: Tensor, memory: Memory = "normal") -> Tensor:
+        """Pixels [N, 3, H, W] in [-1, 1] -> normalised latents [N, z p^2, H/fp, W/fp] of the posterior's mode.
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Normalised latents [N, z p^2, h, w] -> pixels [N, 3, fp h, fp w], about [-1, 1], not clamped."""
-        return self.decode_raw(self.denormalise(z))
+        memory as `encode_moments`.
+        """
+        return self.normalise(self.posterior(x, memory).mode())
 
-    def decode_raw(self, z: Tensor) -> Tensor:
-        """Raw latents [N, z, h, w] -> pixels [N, 3, fh, fw]."""
-        return self.decode_with_features(z)[0]
+    def decode(self, z: Tensor, memory: Memory = "normal") -> Tensor:
+        """Normalised latents [N, z p^2, h, w] -> pixels [N, 3, fp h, fp w], about [-1, 1], not clamped.
+
+        memory as `encode_moments`.
+        """
+        return self.decode_raw(self.denormalise(z), memory)
+
+    def decode_raw(self, z: Tensor, memory: Memory = "normal") -> Tensor:
+        """Raw latents [N, z, h, w] -> pixels [N, 3, fh, fw]. memory as `encode_moments`."""
+        if not self._runs_banded(z, memory):
+            return self.decode_with_features(z)[0]
+        return self.decoder.banded(z.contiguous(memory_format=torch.channels_last))
+
+    def _runs_banded(self, given: Tensor, memory: str) -> bool:
+        if memory not in ("normal", "low"):
+            raise ValueError(f"memory: expected normal or low, got {memory!r}")
+        if memory == "normal":
+            return False
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (given, *self.parameters())):
+            raise ValueError('memory="low" is for inference: expected torch.no_grad() around it')
+        return True
 
     def decode_with_features(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(`decode_raw(z)`, h): features h [N, C, fh, fw] are what `last_layer_grad` needs."""
@@ -346,9 +387,12 @@ class AutoEncoder(HubMixin, nn.Module):
         return pad_by_reflection(x, self.cfg.multiple, self.cfg.channels)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """Pixels [N, 3, H, W] of any size -> reconstruction of the same size in [-1, 1]: `pad`, then crop back."""
-        return self.decode(self.encode(self.pad(x)))[:, :, : x.shape[2], : x.shape[3]].clamp(-1, 1)
+    def reconstruct(self, x: Tensor, memory: Memory = "normal") -> Tensor:
+        """Pixels [N, 3, H, W] of any size -> reconstruction of the same size in [-1, 1]: `pad`, then crop back.
+
+        memory as `encode_moments`.
+        """
+        return self.decode(self.encode(self.pad(x), memory), memory)[:, :, : x.shape[2], : x.shape[3]].clamp(-1, 1)
 
 
 @torch.no_grad()

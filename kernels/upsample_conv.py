@@ -23,7 +23,7 @@ def upsample_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = N
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
 
 
-def _phase_kernels(weight: Tensor) -> Tensor:
+def phase_kernels(weight: Tensor) -> Tensor:
     """[C_out, C_in, 3, 3] -> [4, C_out, C_in, 2, 2], phase 2p + q; summed in at least fp32, then in weight's dtype.
 
     A product with a constant of zeros and ones, made on the device: a copy from the host would wait for it.
@@ -49,6 +49,22 @@ def _interleave(phases: list[Tensor], channels_last: bool) -> Tensor:
     a, b, c, d = phases
     y = torch.stack((torch.stack((a, b), 4), torch.stack((c, d), 4)), 3)  # [N, C, H, 2, W, 2]
     return y.flatten(4, 5).flatten(2, 3)
+
+
+def upsample_padded(padded: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+    """[N, C_in, H + 2, W + 2], with the pixels around it -> [N, C_out, 2H, 2W]; kernels: of `phase_kernels`."""
+    height, width = (side - 2 for side in padded.shape[2:])
+    channels_last = not padded.is_contiguous()
+    if channels_last:
+        padded = padded.permute(0, 2, 3, 1)  # a slice's gradient is contiguous in the order of dimensions it was cut in
+    rows = 1 if channels_last else 2
+    phases = []
+    for phase, kernel in enumerate(kernels.unbind()):
+        p, q = divmod(phase, 2)
+        window = padded.narrow(rows, p, height + 1).narrow(rows + 1, q, width + 1)
+        window = window.permute(0, 3, 1, 2) if channels_last else window
+        phases.append(F.conv2d(window, kernel, bias))
+    return _interleave(phases, channels_last)
 
 
 def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -77,16 +93,6 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backe
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"upsample_conv2d: bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
-    height, width = x.shape[2:]
-    padded = F.pad(x, (1, 1, 1, 1))  # dense, in the memory format that x's strides suggest
-    channels_last = not padded.is_contiguous()
-    if channels_last:
-        padded = padded.permute(0, 2, 3, 1)  # a slice's gradient is contiguous in the order of dimensions it was cut in
-    rows = 1 if channels_last else 2
-    phases = []
-    for phase, kernel in enumerate(_phase_kernels(weight).unbind()):
-        p, q = divmod(phase, 2)
-        window = padded.narrow(rows, p, height + 1).narrow(rows + 1, q, width + 1)
-        window = window.permute(0, 3, 1, 2) if channels_last else window
-        phases.append(F.conv2d(window, kernel, bias))
-    return _interleave(phases, channels_last)
+    return upsample_padded(
+        F.pad(x, (1, 1, 1, 1)), phase_kernels(weight), bias
+    )  # dense, in the format x's strides suggest

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux2 import AutoEncoder, AutoencoderConfig, load_autoencoder, save_autoencoder
+from flux2 import RAE, AutoEncoder, AutoencoderConfig, banded, load_autoencoder, save_autoencoder
 from flux2.__main__ import main
 from flux2.images import load_image, to_array, to_pixels, to_uint8
 from flux2.tensor_files import load_tensors, save_tensors
@@ -69,6 +69,34 @@ def test_encode_then_decode_is_reconstruct(weights, pictures, tmp_path):
     for name in ("a.png", "sub/a.png", "sub/b.png"):
         expected = to_uint8(ae.reconstruct(to_pixels(load_image(pictures / name))[None]))[0]
         assert np.array_equal(load_image(tmp_path / "x" / name), to_array(expected))
+
+
+def test_low_memory_writes_the_same_pictures(weights, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(banded, "CPU_BAND", 2**10)
+    used = []
+    run = banded.run
+    monkeypatch.setattr(banded, "run", lambda network, x: used.append(type(network).__name__) or run(network, x))
+    for memory in ("normal", "low"):
+        out = tmp_path / memory
+        use = ["--weights", str(weights), "--memory", memory, "--out"]
+        assert main(["reconstruct", str(pictures), *use, str(out / "r")]) == 0
+        assert used == (["Encoder", "Decoder"] * 3 if memory == "low" else [])
+        used.clear()
+        assert main(["encode", str(pictures), *use, str(out / "z")]) == 0
+        assert main(["decode", str(out / "z"), *use, str(out / "x")]) == 0
+        assert used == (["Encoder"] * 3 + ["Decoder"] * 3 if memory == "low" else [])
+        used.clear()
+    for path in (tmp_path / "low").rglob("*.png"):
+        normal = load_image(tmp_path / "normal" / path.relative_to(tmp_path / "low")).astype(int)
+        assert abs(load_image(path) - normal).max() <= (
+            5 if "r" in path.parts else 1
+        )  # the sheet shows the error times five
+
+
+def test_low_memory_is_not_for_an_rae(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("flux2.__main__.load_autoencoder", lambda *a, **k: RAE.__new__(RAE))
+    assert main(["reconstruct", str(tmp_path), "--weights", str(tmp_path), "--memory", "low"]) == 2
+    assert "--memory low: expected a convolutional autoencoder, got an RAE" in capsys.readouterr().err
 
 
 def test_convert_both_ways(weights, tmp_path, capsys):
