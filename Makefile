@@ -36,6 +36,7 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reliability --soak benchmarks/results/soak.json $(ARGS)
+	$(BIN)/python docs/make_reliability.py
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -1,6 +1,7 @@
 """Training programs as processes of their own, at toy size, and what they left."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ VAE = ["vae", *TOY, "--gan.weight", "0.5", "--gan.width", "8"]
 FLOW = ["flow", "--transformer.width", "16", "--transformer.depth", "2", "--transformer.heads", "2", "--batch", "4",
         "--transformer.repa-depth", "1", "--repa-hidden", "8", "--resolution", "32", "--precision", "fp32",
         "--warmup", "2", "--sample-steps", "2", "--cache", ""]  # fmt: skip
+STARTED = []  # processes, for stop_all
 LONG = 240  # seconds that anything takes at most on a loaded machine
 
 
@@ -41,10 +43,24 @@ def start(program, out, *flags, fault=("none", "0"), name="x", launcher=()):
     """The process: PROGRAM ARGS --out OUT --name NAME --resume auto FLAGS, in a group of its own."""
     which, *arguments = map(str, program)
     command = [sys.executable, *launcher, str(FAULTS), which, *fault, *arguments, "--out", str(out), "--name", name]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, "--resume", "auto", *map(str, flags)], env=ENVIRONMENT, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+    STARTED.append(process)
+    return process
+
+
+def stop_all():
+    """Kills what a test that failed left running."""
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            for pid in (worker(process, rank) for rank in range(4)):  # torchrun's are in sessions of their own
+                if pid:
+                    os.kill(pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def finish(process):
