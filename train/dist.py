@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -53,6 +54,15 @@ def label() -> str:
     return "" if number == "0" else f"process {number}: "
 
 
+def leave(code: int) -> int:
+    """The exit code; a process of several ends here and now: what collectives left running may not outlive the rest."""
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def is_loss_of_a_process(error: RuntimeError) -> bool:
     """Whether a collective failed because another process left."""
     return launched() and any(words in str(error) for words in ("Connection ", "NCCL", "Timed out", "Socket "))
@@ -80,6 +90,7 @@ def joined(device: str, timeout: float = 1800.0) -> Iterator[torch.device]:
             if not is_main():
                 quiet.enter_context(contextlib.redirect_stdout(nowhere))
             yield chosen
+        barrier()  # nobody leaves while others still talk, or process 0 writes the report
     finally:
         dist.destroy_process_group()
 

@@ -301,7 +301,7 @@ def exit_code(program: Callable[[], int]) -> int:
     """What `program` returns; with one line on stderr 2 on bad input, 1 where another process of the run is gone, 130
     on a Ctrl-C that nothing handled."""
     try:
-        return program()
+        return dist.leave(program())
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{dist.label()}error: {error}", file=sys.stderr)
         return 2

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from flux2 import AUTOENCODERS, RAE, RAES, AutoEncoder, load_autoencoder, save_autoencoder
 from flux2.__main__ import main
+from flux2.checkpoint_folders import Checkpoints
 from flux2.checkpoints import config_from_dict, config_to_dict
 from flux2.checkpoints_rae import build_rae, load_official_decoder, load_official_statistics
 from flux2.images import load_image, to_array, to_pixels, to_uint8
-from flux2.tensor_files import load_tensors, save_json, save_tensors
+from flux2.tensor_files import load_tensors, save_tensors
 from flux2.vit_decoder import DECODERS, sincos_positions
 
 TINY = RAES["rae-tiny"]
@@ -100,10 +101,9 @@ def test_wrong_tensors_are_named(rae, tmp_path):
 
 
 def test_run_folder_gives_the_newest_average(rae, tmp_path):
-    folder = tmp_path / "checkpoints" / "step_00000020"
-    save_tensors(folder / "model.safetensors", RAE(TINY).state_dict())
-    save_tensors(folder / "ema.safetensors", rae.state_dict())
-    save_json(folder / "config.json", {"format": "flux2-tokenizer", "autoencoder": dataclasses.asdict(TINY)})
+    config = {"format": "flux2-tokenizer", "autoencoder": dataclasses.asdict(TINY)}
+    weights = {"model": RAE(TINY).state_dict(), "ema": rae.state_dict()}
+    Checkpoints(tmp_path / "checkpoints").save(20, weights, config)
     assert same(rae.state_dict(), load_autoencoder(tmp_path).state_dict())
 
 

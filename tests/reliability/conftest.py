@@ -59,12 +59,13 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    path, rows = config.getoption("--soak"), config.stash.get(FOUND, [])
+    path, rows = config.getoption("--soak") or config.getoption("--figures"), config.stash.get(FOUND, [])
     if not path or not rows:
         return
     machine = environment(torch.device("cpu"))
     machine.pop("command")  # names folders of the machine
-    Path(path).write_text(json.dumps({"environment": machine, "rows": rows}, indent=1) + "\n")
+    length = "full" if config.getoption("--soak") else "short"
+    Path(path).write_text(json.dumps({"environment": machine, "length": length, "rows": rows}, indent=1) + "\n")
     terminalreporter.section("soak")
     for row in rows:
         figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row["figures"].items())

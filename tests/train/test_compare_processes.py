@@ -34,7 +34,7 @@ def die_of_the_reference(config, options, threads, tell):
     if (options.folder(config) / "failures" / "reference.json").is_file():
         os._exit(0)
     tell.send("reference")
-    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGUSR2)
 
 
 def write_environment(config, options, threads, tell):
@@ -69,9 +69,9 @@ def test_a_worker_that_dies_of_no_task_is_replaced_once(tmp_path, monkeypatch, c
 
 def test_a_task_that_workers_die_of_is_recorded_and_the_next_goes_on(tmp_path, monkeypatch, capsys):
     assert crew(tmp_path, monkeypatch, die_of_the_reference).run() == 0
-    assert capsys.readouterr().out.count("a worker died of SIGUSR1 at reference: another takes its place") == 2
+    assert capsys.readouterr().out.count("a worker died of SIGUSR2 at reference: another takes its place") == 2
     failure = (tmp_path / "x" / "failures" / "reference.json").read_text()
-    assert "2 workers died of it, the last of SIGUSR1" in failure and "memory" not in failure
+    assert "2 workers died of it, the last of SIGUSR2" in failure and "memory" not in failure
 
 
 def test_no_worker_is_started_on_a_gpu_that_was_lost_again_and_again(tmp_path, monkeypatch):
