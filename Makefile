@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help train test soak bench bench-guard gpu-report docs lint format picture clean
+.PHONY: help train test soak bench bench-guard gpu-report docs kernel-hub lint format picture clean
 
 help:
 	@echo "make train    train the default autoencoder on bundled photographs; ARGS=... is passed on"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-guard  fail if an operation got slower against eager torch; ARGS=--update sets the limits anew"
 	@echo "make gpu-report   correctness and speed on this machine's GPU, into benchmarks/results"
 	@echo "make docs     the documentation as a site, in site/; a broken link fails"
+	@echo "make kernel-hub  kernels/ as a repository of Hugging Face's kernel hub, in dist/kernel-hub/"
 	@echo "make lint     ruff and pyright"
 	@echo "make format   let ruff rewrite the layout"
 	@echo "make picture  train photos and photos-long, redraw the README's picture and table"
@@ -35,6 +36,7 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reliability --soak benchmarks/results/soak.json $(ARGS)
+	$(BIN)/python docs/make_reliability.py
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
@@ -48,6 +50,9 @@ gpu-report: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "site/index.html"
+
+kernel-hub: $(STAMP)
+	$(BIN)/python docs/kernel_hub.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

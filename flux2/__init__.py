@@ -2,6 +2,8 @@
 
 from flux2.autoencoder import AUTOENCODERS, AutoEncoder, AutoencoderConfig
 from flux2.checkpoints import load_autoencoder, save_autoencoder
+from flux2.export import export
+from flux2.fuse import FuseReport, fuse, unfuse
 from flux2.rae import RAE, RAES, RAEConfig
 from flux2.transformer import TRANSFORMERS, SiT, TransformerConfig
 
@@ -12,9 +14,13 @@ __all__ = [
     "TRANSFORMERS",
     "AutoEncoder",
     "AutoencoderConfig",
+    "FuseReport",
     "RAEConfig",
     "SiT",
     "TransformerConfig",
+    "export",
+    "fuse",
     "load_autoencoder",
     "save_autoencoder",
+    "unfuse",
 ]

@@ -123,8 +123,8 @@ def writable(folder: Path) -> Path:
 
 
 def read_pixels(path: Path, ae: AutoEncoder | RAE) -> tuple[np.ndarray, Tensor]:
-    """(uint8 [H, W, 3], pixels [1, 3, H, W] on the device and in the type of `ae`)"""
-    image = load_image(path)
+    """(uint8 [H, W, C], pixels [1, C, H, W] on the device and in the type of `ae`), of the channels `ae` has."""
+    image = load_image(path, ae.cfg.channels)
     return image, to_pixels(image)[None].to(next(ae.parameters()))
 
 
@@ -142,7 +142,7 @@ def info(target: tyro.conf.Positional[str] = "") -> int:
         for name, cfg in presets.items():
             encoder, decoder = _parameters(cfg)
             token = f"{cfg.latent_channels} x {cfg.multiple}x{cfg.multiple}"
-            ratio = f"1:{3 * cfg.multiple**2 / cfg.latent_channels:g}"
+            ratio = f"1:{cfg.channels * cfg.multiple**2 / cfg.latent_channels:g}"
             print(f"{name:<22}{token:<20}{ratio:<9}{encoder:>12,}{decoder:>12,}{encoder + decoder:>12,}")
         print("channels a token x pixels it covers; numbers: of the latent to those of the picture; parameters")
         return 0

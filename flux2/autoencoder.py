@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from flux2 import banded
 from flux2.blocks import NORM_EPS, Block, Level, Middle
+from flux2.hub import HubMixin
 from flux2.latents import patchify, unpatchify
 from flux2.layers import EdgeConv2d, check_pixels, pad_by_reflection
 from kernels.dispatch import BACKENDS
@@ -41,7 +42,8 @@ class AutoencoderConfig:
     latent_norm: "batchnorm" (per-channel running statistics of the patchified latent), "affine" ((z - shift) * scale)
     or "stats" (stored per-channel mean and std). shortcut: "patch" adds a trainable space-to-channel path beside
     encoder and decoder, on blocks of f x f pixels, of hidden width shortcut_width (after the residual autoencoding of
-    DC-AE, arXiv:2410.10733); "none" is every published shape.
+    DC-AE, arXiv:2410.10733); "none" is every published shape. channels: of the pixels, 1 grey, 3 RGB, 4 RGBA; wherever
+    shapes here say 3, it is this number.
     """
 
     z_channels: int
@@ -58,6 +60,7 @@ class AutoencoderConfig:
     num_groups: int = 32
     shortcut: Literal["none", "patch"] = "none"
     shortcut_width: int = 256
+    channels: int = 3
 
     def __post_init__(self) -> None:
         for name, width in (("ch", self.ch), ("decoder_ch", self.decoder_ch)):
@@ -66,6 +69,9 @@ class AutoencoderConfig:
         for name, allowed in (("latent_norm", ("batchnorm", "affine", "stats")), ("shortcut", ("none", "patch"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+        if self.channels not in (1, 3, 4):
+            raise ValueError(f"channels: expected 1 (grey), 3 (RGB) or 4 (RGBA), got {self.channels}")
 
     @property
     def downsample(self) -> int:
@@ -148,7 +154,7 @@ class Encoder(Block):
     def __init__(self, cfg: AutoencoderConfig) -> None:
         super().__init__(cfg.num_groups)
         widths = [cfg.ch * m for m in cfg.ch_mult]
-        self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(cfg.channels, cfg.ch, 3, padding=1)
         self.down = nn.ModuleList()
         width = cfg.ch
         for i, out in enumerate(widths):
@@ -163,7 +169,7 @@ class Encoder(Block):
             self.quant_conv = nn.Conv2d(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
         if cfg.shortcut == "patch":
             self.block = cfg.downsample
-            self.shortcut = PatchShortcut(3 * cfg.downsample**2, cfg.z_channels, cfg.shortcut_width)
+            self.shortcut = PatchShortcut(cfg.channels * cfg.downsample**2, cfg.z_channels, cfg.shortcut_width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.with_features(x)[0]
@@ -208,10 +214,10 @@ class Decoder(Block):
             width = widths[i]
         self.up = nn.ModuleList(levels)
         self.norm_out = nn.GroupNorm(cfg.num_groups, width, NORM_EPS)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, cfg.channels, 3, padding=1)
         if cfg.shortcut == "patch":
             self.block = cfg.downsample
-            self.shortcut = PatchShortcut(cfg.z_channels, 3 * cfg.downsample**2, cfg.shortcut_width)
+            self.shortcut = PatchShortcut(cfg.z_channels, cfg.channels * cfg.downsample**2, cfg.shortcut_width)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.with_features(z)[0]
@@ -235,7 +241,7 @@ class Decoder(Block):
         return h + F.pixel_shuffle(self.shortcut(z), self.block) if hasattr(self, "shortcut") else h
 
 
-class AutoEncoder(nn.Module):
+class AutoEncoder(HubMixin, nn.Module):
     """Image autoencoder of the shape `cfg`; weights random until loaded (`flux2.load_autoencoder`).
 
     Weights and activations are channels_last inside; inputs of either memory format are taken. `backend` is "auto",
@@ -283,8 +289,8 @@ class AutoEncoder(nn.Module):
         return self.encoder.banded(x.contiguous(memory_format=torch.channels_last))
 
     def encode_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(`encode_moments(x)`, h): features h [N, C, H/f, W/f] are what `encoder_grad_norm` needs."""
-        check_pixels(x, self.cfg.multiple)
+        """(`encode_moments(x)`, h): features h [N, C, H/f, W/f] are what `encoder_grad` needs."""
+        check_pixels(x, self.cfg.multiple, self.cfg.channels)
         return self.encoder.with_features(x.contiguous(memory_format=torch.channels_last))
 
     def posterior(self, x: Tensor, memory: Memory = "normal") -> Posterior:
@@ -346,25 +352,25 @@ class AutoEncoder(nn.Module):
         return True
 
     def decode_with_features(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(`decode_raw(z)`, h): features h [N, C, fh, fw] are what `last_layer_grad_norm` needs."""
+        """(`decode_raw(z)`, h): features h [N, C, fh, fw] are what `last_layer_grad` needs."""
         return self.decoder.with_features(z.contiguous(memory_format=torch.channels_last))
 
-    def last_layer_grad_norm(self, h: Tensor, grad: Tensor) -> Tensor:
-        """Norm of the gradient of decoder.conv_out.weight, fp32 scalar, where d loss / d pixels is `grad`.
+    def last_layer_grad(self, h: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of decoder.conv_out.weight, fp32 of its shape, where d loss / d pixels is `grad`.
 
         h: of `decode_with_features`. What adaptive loss weights compare (VQGAN, arXiv:2012.09841, eq. 7); one layer's
         weight gradient, outside autograd.
         """
-        return _conv_grad_norm(self.decoder.norm_out, self.decoder.conv_out, h, grad)
+        return _conv_grad(self.decoder.norm_out, self.decoder.conv_out, h, grad)
 
-    def encoder_grad_norm(self, h: Tensor, grad: Tensor) -> Tensor:
-        """Norm of the gradient of encoder.conv_out.weight, fp32 scalar, where d loss / d moments is `grad`.
+    def encoder_grad(self, h: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of encoder.conv_out.weight, fp32 of its shape, where d loss / d moments is `grad`.
 
         h: of `encode_with_features`. As VA-VAE weighs its alignment (arXiv:2501.01423).
         """
         if self.cfg.quant_conv:
             grad = F.conv_transpose2d(grad.float(), self.encoder.quant_conv.weight.float())
-        return _conv_grad_norm(self.encoder.norm_out, self.encoder.conv_out, h, grad)
+        return _conv_grad(self.encoder.norm_out, self.encoder.conv_out, h, grad)
 
     def forward(self, x: Tensor, sample: bool = False, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
         """Training forward, in raw latents: pixels [N, 3, H, W] -> (reconstruction of the same shape, posterior).
@@ -378,7 +384,7 @@ class AutoEncoder(nn.Module):
 
     def pad(self, x: Tensor) -> Tensor:
         """Pixels [N, 3, H, W] of any size -> sides continued by reflection, right and below, to the next multiple."""
-        return pad_by_reflection(x, self.cfg.multiple)
+        return pad_by_reflection(x, self.cfg.multiple, self.cfg.channels)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, memory: Memory = "normal") -> Tensor:
@@ -390,9 +396,9 @@ class AutoEncoder(nn.Module):
 
 
 @torch.no_grad()
-def _conv_grad_norm(norm: nn.GroupNorm, conv: nn.Conv2d, h: Tensor, grad: Tensor) -> Tensor:
-    """Norm of d loss / d conv.weight of conv(SiLU(norm(h))) with d loss / d output = grad, all in fp32."""
+def _conv_grad(norm: nn.GroupNorm, conv: nn.Conv2d, h: Tensor, grad: Tensor) -> Tensor:
+    """d loss / d conv.weight of conv(SiLU(norm(h))) with d loss / d output = grad, all in fp32."""
     with torch.autocast(h.device.type, enabled=False):
         x = F.silu(F.group_norm(h.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps))
         shape = conv.weight.shape
-        return torch.nn.grad.conv2d_weight(x, shape, grad.float(), padding=conv.padding).norm()  # type: ignore[arg-type]
+        return torch.nn.grad.conv2d_weight(x, shape, grad.float(), padding=conv.padding)  # type: ignore[arg-type]

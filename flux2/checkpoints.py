@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from flux2.autoencoder import AUTOENCODERS, BN_EPS, BN_MOMENTUM, AutoEncoder, AutoencoderConfig
+from flux2.checkpoint_folders import MANIFEST, Checkpoints, check
 from flux2.checkpoints_rae import build_rae
 from flux2.rae import RAE, RAES, RAEConfig
 from flux2.tensor_files import (
@@ -118,7 +119,9 @@ def _without_ldm_extras(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # Shape from content
 
-_NETWORK = ("z_channels", "ch", "decoder_ch", "ch_mult", "num_res_blocks", "attn_levels", "quant_conv", "shortcut")
+_NETWORK = (
+    "z_channels", "ch", "decoder_ch", "ch_mult", "num_res_blocks", "attn_levels", "quant_conv", "shortcut", "channels"
+)  # fmt: skip
 
 
 def _network_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -132,7 +135,7 @@ def _network_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     try:
         levels = count(block)
-        ch = tensors["encoder.conv_in.weight"].shape[0]
+        ch, channels = tensors["encoder.conv_in.weight"].shape[:2]
         widths = [tensors[block.format(i, 0) + "conv1.weight"].shape[0] for i in range(levels)]
         ch_mult = tuple(w // ch for w in widths)
         top = tensors["decoder.conv_in.weight"].shape[0]
@@ -148,6 +151,7 @@ def _network_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         )
     shortcut = tensors.get("encoder.shortcut.inner.weight")
     return {
+        "channels": channels,
         "z_channels": z_channels,
         "ch": ch,
         "decoder_ch": top // ch_mult[-1],
@@ -260,17 +264,19 @@ def _read(path: Path, preset: str | None) -> tuple[dict[str, Tensor], Autoencode
             return tensors, infer_config(tensors, preset), path
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+    if (path / MANIFEST).is_file():
+        check(path)
     if (path / "config.json").is_file():
         return _read_folder(path, preset)
     if (path / "vae" / "config.json").is_file():  # a whole diffusers pipeline
         return _read_folder(path / "vae", preset)
-    steps = [p for p in (*path.glob("step_*"), *path.glob("checkpoints/step_*")) if (p / "config.json").is_file()]
-    if not steps:
-        raise ValueError(
-            f"{path}: expected a diffusers folder (config.json and {DIFFUSERS_WEIGHTS}) or a run of train.vae"
-            " (checkpoints/step_*), got a folder with neither"
-        )
-    return _read_folder(max(steps, key=lambda p: p.name), preset)
+    for checkpoints in (Checkpoints(path / "checkpoints"), Checkpoints(path)):
+        if (newest := checkpoints.newest()) is not None:
+            return _read_folder(checkpoints.path(newest), preset)
+    raise ValueError(
+        f"{path}: expected a diffusers folder (config.json and {DIFFUSERS_WEIGHTS}) or a run of train.vae"
+        " (checkpoints/step_*), got a folder with neither"
+    )
 
 
 def _read_folder(folder: Path, preset: str | None) -> tuple[dict[str, Tensor], AutoencoderConfig | RAEConfig, Path]:
@@ -327,8 +333,8 @@ def diffusers_config(cfg: AutoencoderConfig) -> dict[str, Any]:
     down = ["AttnDownEncoderBlock2D" if i in cfg.attn_levels else "DownEncoderBlock2D" for i in range(len(cfg.ch_mult))]
     up = ["AttnUpDecoderBlock2D" if i in cfg.attn_levels else "UpDecoderBlock2D" for i in range(len(cfg.ch_mult))]
     config: dict[str, Any] = {
-        "in_channels": 3,
-        "out_channels": 3,
+        "in_channels": cfg.channels,
+        "out_channels": cfg.channels,
         "down_block_types": down,
         "up_block_types": up[::-1],
         "block_out_channels": [cfg.ch * m for m in cfg.ch_mult],

@@ -37,10 +37,10 @@ class EdgeConv2d(nn.Conv2d):
         return super().forward(pad_edges(input, 1))
 
 
-def check_pixels(x: Tensor, multiple: int) -> None:
-    """ValueError unless x is floating-point [N, 3, H, W] with sides that are positive multiples of `multiple`."""
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise ValueError(f"pixels: expected [N, 3, H, W], got {list(x.shape)}")
+def check_pixels(x: Tensor, multiple: int, channels: int = 3) -> None:
+    """ValueError unless x is floating-point [N, channels, H, W] with sides positive multiples of `multiple`."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"pixels: expected [N, {channels}, H, W], got {list(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"pixels: expected a floating-point tensor in [-1, 1], got {x.dtype}")
     if x.shape[2] % multiple or x.shape[3] % multiple or 0 in x.shape:
@@ -50,10 +50,10 @@ def check_pixels(x: Tensor, multiple: int) -> None:
         )
 
 
-def pad_by_reflection(x: Tensor, multiple: int) -> Tensor:
-    """Pixels [N, 3, H, W] of any size -> sides continued by reflection, right and below, to the next multiple."""
-    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
-        raise ValueError(f"pixels: expected [N, 3, H, W] with no empty side, got {list(x.shape)}")
+def pad_by_reflection(x: Tensor, multiple: int, channels: int = 3) -> Tensor:
+    """Pixels [N, channels, H, W] of any size -> sides continued by reflection, right and below, to a multiple."""
+    if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
+        raise ValueError(f"pixels: expected [N, {channels}, H, W] with no empty side, got {list(x.shape)}")
     rows, columns = (_reflected_index(side, multiple, x.device) for side in x.shape[2:])
     return x[:, :, rows][:, :, :, columns]
 

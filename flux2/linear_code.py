@@ -25,13 +25,13 @@ class LinearCode:
 
     def encode(self, x: Tensor) -> Tensor:
         """Pixels [N, 3, H, W], sides multiples of the block -> code [N, k, H/f, W/f]."""
-        blocks = F.pixel_unshuffle(x - self.mean.view(1, 3, 1, 1), self.block)
+        blocks = F.pixel_unshuffle(x - self.mean.view(1, -1, 1, 1), self.block)
         return torch.einsum("kd,ndhw->nkhw", self.components, blocks)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Pixels [N, 3, H, W], sides multiples of the block -> their projection on the code, clamped to [-1, 1]."""
         blocks = torch.einsum("kd,nkhw->ndhw", self.components, self.encode(x))
-        return (F.pixel_shuffle(blocks, self.block) + self.mean.view(1, 3, 1, 1)).clamp(-1, 1)
+        return (F.pixel_shuffle(blocks, self.block) + self.mean.view(1, -1, 1, 1)).clamp(-1, 1)
 
     def first(self, k: int) -> LinearCode:
         """The best linear code of k numbers: components are in the order of their variance."""
@@ -44,7 +44,7 @@ def fit_linear_code(x: Tensor, *, num_components: int, block: int) -> LinearCode
     ValueError on fewer blocks than numbers in a block, or more components than that.
     """
     mean = x.double().mean((0, 2, 3))
-    blocks = F.pixel_unshuffle(x.double() - mean.view(1, 3, 1, 1), block).transpose(0, 1).flatten(1)  # [3 f^2, N h w]
+    blocks = F.pixel_unshuffle(x.double() - mean.view(1, -1, 1, 1), block).transpose(0, 1).flatten(1)  # [3 f^2, N h w]
     size, count = blocks.shape
     if count <= size:
         raise ValueError(f"PCA of {size} numbers a block needs more blocks than that, got {count}")
@@ -68,7 +68,7 @@ def fit_context_decoder(code: LinearCode, x: Tensor) -> Tensor:
     right = torch.zeros(9 * k, size, dtype=torch.float64)
     for part in x.split(256):
         around = F.unfold(F.pad(code.encode(part), (1, 1, 1, 1), mode="replicate"), 3)  # [n, 9 k, h w]
-        blocks = F.pixel_unshuffle(part - code.mean.view(1, 3, 1, 1), code.block).flatten(2)
+        blocks = F.pixel_unshuffle(part - code.mean.view(1, -1, 1, 1), code.block).flatten(2)
         around, blocks = (t.transpose(0, 1).flatten(1).double() for t in (around, blocks))
         normal += around @ around.T
         right += around @ blocks.T

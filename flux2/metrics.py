@@ -5,22 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flux2.images import from_uint8
+from flux2.images import as_rgb, from_uint8
 from flux2.perceptual import LPIPS
 
 
 def _check(a: Tensor, b: Tensor) -> None:
     for name, x in (("first", a), ("second", b)):
-        if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"{name} argument: expected uint8 [N, 3, H, W], got {x.dtype} {list(x.shape)}")
+        if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3, 4):
+            raise ValueError(
+                f"{name} argument: expected uint8 [N, C, H, W] of 1, 3 or 4 channels, got {x.dtype} {list(x.shape)}"
+            )
     if a.shape != b.shape:
         raise ValueError(f"expected equal shapes, got {list(a.shape)} and {list(b.shape)}")
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each pair, 10 log10(255^2 / MSE): uint8 [N, 3, H, W] twice -> fp64 [N].
+    """Peak signal-to-noise ratio in dB of each pair, 10 log10(255^2 / MSE): uint8 [N, C, H, W] twice -> fp64 [N].
 
-    inf where a pair is equal. Means over pictures are means of these, not of the MSE.
+    C is 1, 3 or 4. inf where a pair is equal. Means over pictures are means of these, not of the MSE.
     """
     _check(a, b)
     mse = (a.double() - b.double()).square().flatten(1).mean(1)
@@ -28,7 +30,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of each pair (Wang et al. 2004): uint8 [N, 3, H, W] twice -> fp64 [N].
+    """Structural similarity of each pair (Wang et al. 2004): uint8 [N, C, H, W] twice -> fp64 [N].
 
     scikit-image's, with the paper's Gaussian window (sigma 1.5, 11 pixels) and population covariance, mean over
     channels.
@@ -57,4 +59,4 @@ def lpips_distance(a: Tensor, b: Tensor, net: LPIPS) -> Tensor:
     or types, or sides below 32.
     """
     _check(a, b)
-    return net.distances(from_uint8(a), from_uint8(b))
+    return net.distances(as_rgb(from_uint8(a)), as_rgb(from_uint8(b)))

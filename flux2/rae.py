@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from flux2.hub import HubMixin
 from flux2.layers import check_pixels, pad_by_reflection
 from flux2.teachers import RANDOM, VITS, ViTConfig, ViTTeacher
 from flux2.tensor_files import nearest
@@ -90,6 +91,11 @@ class RAEConfig:
         """There is no linear path beside the networks."""
         return "none"
 
+    @property
+    def channels(self) -> int:
+        """Of the pixels: RGB, which the encoders know alone."""
+        return 3
+
 
 # fmt: off
 RAES: dict[str, RAEConfig] = {
@@ -128,7 +134,7 @@ class NoisedLatent:
         return torch.zeros(len(self.mean), device=self.mean.device)
 
 
-class RAE(nn.Module):
+class RAE(HubMixin, nn.Module):
     """Representation autoencoder of the shape `cfg`: a decoder with random weights on a frozen encoder.
 
     encoder_weights: "" takes timm's pretrained ones, from its cache or the hub; a file (`flux2.teachers.build_teacher`
@@ -207,17 +213,17 @@ class RAE(nn.Module):
         return self.decode_with_features(z)[0]
 
     def decode_with_features(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(`decode_raw(z)`, h): features h [N, h w, D] are what `last_layer_grad_norm` needs."""
+        """(`decode_raw(z)`, h): features h [N, h w, D] are what `last_layer_grad` needs."""
         recon, h = self.decoder.with_features(z)
         mean, std = (self.encoder.get_buffer(name).to(recon) for name in ("mean", "std"))
         return 2 * (recon * std + mean) - 1, h
 
-    def last_layer_grad_norm(self, h: Tensor, grad: Tensor) -> Tensor:
-        """Norm of the gradient of decoder.pred.weight, fp32 scalar, where d loss / d pixels is `grad`.
+    def last_layer_grad(self, h: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of decoder.pred.weight, fp32 of its shape, where d loss / d pixels is `grad`.
 
         h: of `decode_with_features`. What adaptive loss weights compare; outside autograd.
         """
-        return self.decoder.last_layer_grad_norm(h, 2 * self.encoder.get_buffer("std").float() * grad.float())
+        return self.decoder.last_layer_grad(h, 2 * self.encoder.get_buffer("std").float() * grad.float())
 
     def forward(self, x: Tensor, sample: bool = False, noise: Tensor | None = None) -> tuple[Tensor, NoisedLatent]:
         """Training forward, in raw latents: pixels [N, 3, H, W] -> (reconstruction of the same shape, posterior).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 LISTED = 8  # names an error spells out
+MOST_JSON_BYTES = 64 * 2**20
 
 T = TypeVar("T")
 
 
 @contextmanager
-def _written_whole(path: Path):
+def written_whole(path: Path):
     """Yields a temporary path in the same folder; flushed and renamed to `path` on success, removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -35,10 +37,27 @@ def _written_whole(path: Path):
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's list of names to disk, so that a rename in it outlives a power cut. Nothing on Windows."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a .safetensors file, atomically. OSError if the place cannot be written."""
     path = Path(path)
-    with _written_whole(path) as temporary:
+    with written_whole(path) as temporary:
         try:
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, str(temporary), metadata)
         except SafetensorError as error:  # its own class hides what the system said
@@ -48,7 +67,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict
 def save_json(path: str | Path, value: Any) -> None:
     """Writes JSON, atomically. OSError if the place cannot be written."""
     path = Path(path)
-    with _written_whole(path) as temporary:
+    with written_whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -99,9 +118,11 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
 
 def load_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. ValueError if it holds something else."""
+    if (size := path.stat().st_size) > MOST_JSON_BYTES:
+        raise ValueError(f"{path}: expected at most {MOST_JSON_BYTES} bytes of JSON, got {size}")
     try:
         value = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")

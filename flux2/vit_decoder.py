@@ -109,8 +109,8 @@ class ViTDecoder(nn.Module):
         return pixels_of(self.pred(features), h, w), features
 
     @torch.no_grad()
-    def last_layer_grad_norm(self, h: Tensor, grad: Tensor) -> Tensor:
-        """Norm of the gradient of pred.weight, fp32 scalar, where d loss / d pixels is `grad`; outside autograd."""
+    def last_layer_grad(self, h: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of pred.weight, fp32 of its shape, where d loss / d pixels is `grad`; outside autograd."""
         with torch.autocast(h.device.type, enabled=False):
             outward = blocks_of(grad.float()).flatten(0, 1)  # [N h w, 768]
-            return (outward.T @ h.float().flatten(0, 1)).norm()
+            return outward.T @ h.float().flatten(0, 1)

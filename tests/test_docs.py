@@ -76,6 +76,17 @@ def test_recipe_tables_are_those_of_the_results():
         assert f"<!-- {name} -->\n{table}\n{recipe.machine(results)}<!-- /{name} -->" in page, name
 
 
+def test_reliability_table_is_that_of_the_last_soak():
+    """And every reliability test is in it"""
+    make_reliability = script("make_reliability")
+    results, page = json.loads(make_reliability.RESULTS.read_text()), make_reliability.PAGE.read_text()
+    assert make_reliability.fill(page, results) == page
+    written = "".join(path.read_text() for path in (ROOT / "tests" / "reliability").glob("test_*.py"))
+    promising = re.findall(r"def (test_\w+)\([^)]*\bsoak\b", written)
+    ran = {row["test"].split("::")[1].split("[")[0] for row in results["rows"]}
+    assert set(promising) - ran == set() and all(row["passed"] and row["promise"] for row in results["rows"])
+
+
 def test_flow_table_is_that_of_the_results():
     results = json.loads((ROOT / "benchmarks/results/flow-evidence.json").read_text())
     page = (ROOT / "docs/flow.md").read_text().replace("**", "")

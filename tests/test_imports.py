@@ -24,6 +24,9 @@ OPTIONAL = (
     "torchvision",
     "flash_attn",
     "xformers",
+    "huggingface_hub",
+    "yaml",
+    "tensorboard",
 )
 
 

@@ -21,19 +21,20 @@ from flux2.adversarial import (
 )
 from flux2.augment import DIFFAUG_DRAWS, DiffAug
 from flux2.discriminator import PatchDiscriminator, ViTDiscriminator, load_backbone
-from flux2.images import from_uint8, to_uint8
+from flux2.images import as_rgb, from_uint8, to_uint8
 from kernels.philox import uniform
+from train import dist
 from train.data import STREAM_AUGMENT
 from train.guards import GuardedOptimiser
 from train.loop import load_optimiser_tensors, optimiser_tensors
 from train.vae_config import GanConfig, VaeConfig
 
 
-def build_discriminator(gan: GanConfig) -> nn.Module:
-    """The network of `gan`, weights random but for a frozen backbone's."""
+def build_discriminator(gan: GanConfig, channels: int = 3) -> nn.Module:
+    """The network of `gan`, weights random but for a frozen backbone's; vit sees RGB, by `flux2.images.as_rgb`."""
     if gan.discriminator == "vit":
         return ViTDiscriminator(load_backbone(gan.backbone, gan.backbone_weights))
-    return PatchDiscriminator(width=gan.width, n_layers=gan.n_layers, norm=gan.norm)
+    return PatchDiscriminator(channels, width=gan.width, n_layers=gan.n_layers, norm=gan.norm)
 
 
 class Adversary:
@@ -47,7 +48,12 @@ class Adversary:
         self, config: VaeConfig, device: torch.device, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
     ) -> None:
         self.config, self.gan, self.device = config, config.gan, device
-        self.discriminator = build_discriminator(self.gan).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = build_discriminator(self.gan, config.autoencoder.channels)
+        if dist.size() > 1 and any(isinstance(m, nn.BatchNorm2d) for m in network.modules()):
+            if device.type != "cuda":
+                raise ValueError("gan.norm: expected group between several processes on CPUs, got batch")
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.discriminator = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.lecam = LeCAM().to(device)
         self.start = StartState(self.gan.start)
         self.augment = DiffAug(probability=self.gan.augment)
@@ -55,11 +61,12 @@ class Adversary:
             self.discriminator.parameters(), lr=self.gan.lr, betas=self.gan.betas, weight_decay=0.0, fused=True
         )
         self.guard = GuardedOptimiser(self.discriminator.named_parameters(), self.optimiser, clip=config.clip)
-        self._fool, self._judge = wrap(self.fool), wrap(self.judge_logits)
+        self._fool, self._judge = wrap(self.fool), dist.replicated(wrap(self.judge_logits), self.discriminator)
 
     def logits(self, x: Tensor, draws: Tensor) -> Tensor:
         """What the discriminator says of augmented pixels."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            x = as_rgb(x) if self.gan.discriminator == "vit" else x
             return self.discriminator(self.augment(x, draws) if self.gan.augment else x)
 
     def fool(self, recon: Tensor, draws: Tensor) -> Tensor:
@@ -87,11 +94,17 @@ class Adversary:
         finally:
             self.discriminator.train().requires_grad_(True)
 
-    def judge(self, step: int, first: int, x: Tensor, recon: Tensor, share: float) -> dict[str, Tensor]:
-        """Adds `share` times the gradients of this part of the batch to the discriminator's; its terms, detached."""
+    def judge(
+        self, step: int, first: int, x: Tensor, recon: Tensor, share: float, *, last: bool = True
+    ) -> dict[str, Tensor]:
+        """Adds `share` times the gradients of this part of the batch to the discriminator's; its terms, detached.
+
+        last: whether it is the last part of the batch, after which processes average their gradients.
+        """
         if self.gan.quantise:
             recon = from_uint8(to_uint8(recon))
-        loss, real, fake = self._judge(x, recon, self._draws(step, first, len(x)))
+        with dist.accumulating(self._judge, last=last):
+            loss, real, fake = self._judge(x, recon, self._draws(step, first, len(x)))
         terms = {"d_loss": loss.detach(), **logit_statistics(real, fake)}
         if self.gan.lecam:
             penalty = self.lecam(real, fake)
@@ -109,12 +122,15 @@ class Adversary:
             return torch.zeros(num, DIFFAUG_DRAWS, device=self.device)
         return uniform(self.config.seed, step, first, num, DIFFAUG_DRAWS, stream=STREAM_AUGMENT, device=self.device)
 
-    def update(self, step: int, terms: Mapping[str, Tensor], rate: float) -> Tensor:
-        """One update from the gradients there are; `rate` multiplies the peak learning rate. Returns their norm."""
+    def update(self, step: int, terms: Mapping[str, Tensor], rate: float, ranks: Tensor | None = None) -> Tensor:
+        """One update from the gradients there are; `rate` multiplies the peak learning rate. Returns their norm.
+
+        terms, ranks: of `dist.mean_terms`.
+        """
         self.optimiser.param_groups[0]["lr"] = self.gan.lr * rate
         if self.gan.lecam:
             self.lecam.update(terms["d_real_mean"], terms["d_fake_mean"])
-        return self.guard.update(step, terms)
+        return self.guard.update(step, terms, ranks)
 
     def remark(self, means: Mapping[str, float]) -> str:
         """How the game goes, in one line; empty before it has begun."""

@@ -32,8 +32,11 @@ from flux2.checkpoints import load_autoencoder, save_json, save_tensors
 from flux2.images import from_uint8
 from flux2.rae import RAE
 from flux2.teachers import build_teacher
+from flux2.tensor_files import file_hash
 from kernels.philox import uniform
-from train.data import DRAWS, Augmentation, Pictures, centre_square, class_names, crop_of, open_pictures
+from train.bad_samples import MOST_IN_A_ROW, Bad, BadSamples
+from train.crops import DRAWS, Augmentation, centre_square, crop_of
+from train.data import Pictures, Unreadable, class_names, open_pictures
 from train.loop import Interrupt, Progress, choose_device
 
 VERSION = 1
@@ -51,9 +54,13 @@ class CacheConfig:
     out: Path
     """Folder of the cache; an unfinished one of the same content is gone on with."""
     data: str = "photographs"
-    """"photographs" (bundled with scikit-image) or a folder of pictures; its sub-folders are the classes."""
+    """"photographs" (bundled with scikit-image), a folder of pictures, whose sub-folders are the classes, tar files,
+    a zip, parquet files or hf:USER/NAME; docs/data.md has examples."""
     held_out: str = ""
-    """Folder of held-out pictures, as in training: those of --data that are held out are not cached."""
+    """Held-out pictures, as in training: those of --data that are held out are not cached."""
+    max_bad: float = 0.01
+    """Share of the pictures that may be unreadable; the next one stands in for each, and OUT/bad_samples.jsonl lists
+    them."""
     resolution: int = 64
     """Side of the crops, pixels."""
     crops: int = 1
@@ -93,12 +100,6 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def make_cache(config: CacheConfig) -> int:
     """Encodes what is missing; the exit code: 0, or 128 + signal after an interruption.
 
@@ -111,13 +112,14 @@ def make_cache(config: CacheConfig) -> int:
     teacher = None
     if config.teacher != "none":
         teacher = build_teacher(config.teacher, ae.cfg.multiple, config.teacher_weights, device)
-    pictures, _ = open_pictures(config.data, config.held_out)
+    pictures, _ = open_pictures(config.data, config.held_out, channels=ae.cfg.channels)
     names = class_names(pictures, config.data)
     classes = sorted(set(names))
     content = _content(config, ae, teacher, pictures)
     total = len(pictures) * config.crops
     manifest = {"content": content, "classes": classes, "crops": total, "shard": config.shard, "shards": []}
     config.out.mkdir(parents=True, exist_ok=True)
+    bad = BadSamples(config.out / "bad_samples.jsonl", total=len(pictures), most=config.max_bad)
     if (config.out / "manifest.json").is_file():
         manifest["shards"] = _finished(config.out, manifest)
     shards = -(-total // config.shard)
@@ -135,9 +137,10 @@ def make_cache(config: CacheConfig) -> int:
             end = min(total, (index + 1) * config.shard)
             for first in range(index * config.shard, end, config.batch):
                 items = range(first, min(end, first + config.batch))
-                pixels = torch.stack([_pixels(config, pictures, i) for i in items]).to(device)
-                part = _encode(ae, teacher, pixels, config)
-                parts.append({**part, "labels": labels[[i // config.crops for i in items]]})
+                read = [_readable(pictures, i // config.crops, bad, item=i) for i in items]
+                pixels = torch.stack([_pixels(config, image, i) for i, (_, image) in zip(items, read, strict=True)])
+                part = _encode(ae, teacher, pixels.to(device), config)
+                parts.append({**part, "labels": labels[[picture for picture, _ in read]]})
                 progress.update(items[-1] + 1, {})
                 if interrupt.signal:
                     progress.close()
@@ -156,14 +159,11 @@ def make_cache(config: CacheConfig) -> int:
     return 0
 
 
-def hash_of_pictures(pictures: Pictures, data: str) -> str:
-    """SHA-256 of the names below `data`, sizes and times of change of these files, in order."""
+def hash_of_pictures(pictures: Pictures) -> str:
+    """SHA-256 of the names below the data, sizes and times of change of these pictures, in order."""
     files = hashlib.sha256()
-    for path in pictures.paths:
-        name = path.relative_to(data).as_posix() if path.is_relative_to(data) else path.name
-        status = path.stat()
-        changed = status.st_mtime_ns if path.is_relative_to(data) else 0  # those of a wheel are its version's
-        files.update(f"{name} {status.st_size} {changed}\n".encode())
+    for index in range(len(pictures)):
+        files.update(f"{pictures.stamp(index)}\n".encode())
     return files.hexdigest()
 
 
@@ -181,7 +181,7 @@ def _content(
         "autoencoder_config": json.loads(json.dumps(asdict(ae.cfg))),
         "teacher": config.teacher,
         "teacher_weights": fingerprint(teacher) if teacher else "none",
-        "pictures": hash_of_pictures(pictures, config.data),
+        "pictures": hash_of_pictures(pictures),
         "dtype": config.dtype,
         "preprocessing": preprocessing,
     }
@@ -227,15 +227,29 @@ def _damage(folder: Path, row: dict[str, Any]) -> str | None:
     return None
 
 
-def _pixels(config: CacheConfig, pictures: Pictures, item: int) -> Tensor:
-    """Crop `item`, uint8 [3, R, R]: a function of the picture, the seed and the number of the crop."""
-    picture, crop = divmod(item, config.crops)
+def _readable(pictures: Pictures, index: int, bad: BadSamples, *, item: int) -> tuple[int, np.ndarray]:
+    """(index, picture), or those of the next that can be read; what cannot is listed in `bad`. ValueError without."""
+    found: list[Bad] = []
+    for i in range(index, index + min(len(pictures), MOST_IN_A_ROW)):
+        place = i % len(pictures)
+        try:
+            return place, pictures[place]
+        except ValueError as error:
+            name = str(pictures.path(place))
+            found.append(Bad(name, str(error).removeprefix(f"{name}: ")))
+            bad.note(item, found)
+    raise Unreadable(found)
+
+
+def _pixels(config: CacheConfig, picture: np.ndarray, item: int) -> Tensor:
+    """Crop `item`, uint8 [C, R, R]: a function of the picture, the seed and the number of the crop."""
+    place, crop = divmod(item, config.crops)
     if config.crops == 1:
-        image = centre_square(pictures[picture], config.resolution)
+        image = centre_square(picture, config.resolution)
     else:
-        draws = uniform(config.seed, crop, picture, 1, DRAWS, stream=STREAM_CACHE)[0].tolist()
+        draws = uniform(config.seed, crop, place, 1, DRAWS, stream=STREAM_CACHE)[0].tolist()
         augmentation = Augmentation(crop_scale=config.crop_scale, flip=False)
-        image = crop_of(pictures[picture], config.resolution, draws, augmentation)
+        image = crop_of(picture, config.resolution, draws, augmentation)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -318,7 +332,7 @@ class LatentCache:
 
     def check_pictures(self, pictures: Pictures, data: str) -> None:
         """ValueError unless it was made of exactly these training pictures of `data`."""
-        if self.manifest["content"]["pictures"] != hash_of_pictures(pictures, data):
+        if self.manifest["content"]["pictures"] != hash_of_pictures(pictures):
             raise ValueError(
                 f"{self.folder} is of other pictures than the {len(pictures)} that --data {data} and --held-out"
                 " leave for training, or they changed since"

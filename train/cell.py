@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,8 @@ class _Cell:
             "classes": self.classes,
             "train_shift": self.trainer.shift,
             "grid": self.latents.held_out.shape[-1],
-            "train": self.run.config,
-            "step": step,
         }
-        self.run.checkpoints.save(step, self.trainer.tensors(), plain)
+        self.run.save(step, self.trainer.tensors(), plain)
         self.judge(step)
 
     def judge(self, step: int) -> None:
@@ -218,7 +217,7 @@ def train_cell(
         cell.evaluations(run.start)  # before more steps are spent
     else:
         shutil.rmtree(folder / "evaluations", ignore_errors=True)  # of weights that are gone
-    data = batches(cell.data, run.start, config.steps, workers=config.workers)
+    data = partial(batches, cell.data, workers=config.workers)
     code = run.loop(cell.trainer, data, steps=config.steps, batch=config.batch, save=cell.save, samples=cell.data.names)
     if code is not None:
         raise Interrupted(code - 128)

@@ -22,7 +22,8 @@ from flux2.images import from_uint8
 from flux2.rae import RAE
 from flux2.tensor_files import load_tensors, save_tensors
 from train.cache import CacheConfig, LatentCache, make_cache
-from train.data import Augmentation, Pictures, centre_square, class_names, open_pictures
+from train.crops import Augmentation, centre_square
+from train.data import Pictures, class_names, open_pictures
 from train.flow_data import LabelledCrops
 from train.loop import Interrupted
 

@@ -288,7 +288,7 @@ _DESCRIPTION = """Compare autoencoders by what flow models make of their latents
 
 The same command goes on where it was stopped, and works beside others of the same --out, on any number of machines.
 Presets: toy, cpu-hour, h200-10min, article. Writes OUT/NAME/: report.html, summary.json, cells.csv, and the files of
-every autoencoder and model. Exit code 1 where models failed; Ctrl-C or SIGTERM saves and leaves (130 or 143).
+every autoencoder and model. Exit code 1 where models failed; Ctrl-C, SIGTERM, SIGUSR1 save and leave (130, 143, 138).
 """
 
 

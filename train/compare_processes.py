@@ -21,6 +21,7 @@ import torch
 
 from train.compare_config import CompareConfig, CompareOptions
 from train.compare_work import DEVICE_LOST, State, worker_process
+from train.loop import SIGNALS
 
 DEATHS = 2  # workers that may die of a task before it counts as failed
 LOSSES = 3  # of a GPU, before no worker is started on it any more
@@ -64,7 +65,7 @@ class Crew:
     def run(self) -> int:
         """Works until all workers have left; the exit code: 0, or the greatest of theirs. A signal to this process
         reaches them all, and is the exit code's."""
-        previous = {s: signal.signal(s, self._pass_on) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, self._pass_on) for s in SIGNALS}
         codes = [0]
         try:
             for place in range(self.count):

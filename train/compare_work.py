@@ -36,7 +36,7 @@ from train.compare_autoencoders import prepare_autoencoder, weights_of
 from train.compare_config import Cell, CompareConfig, CompareOptions
 from train.compare_rows import Row
 from train.flow_config import FlowOptions
-from train.loop import Interrupted, choose_device
+from train.loop import SIGNALS, Interrupted, choose_device
 
 WAIT = 2.0  # seconds between looks at what others do
 DEVICE_LOST = 3  # exit code of a worker whose GPU does not answer any more
@@ -121,13 +121,13 @@ class State:
 
 
 class Leaving:
-    """SIGINT and SIGTERM raise Interrupted where they come; inside `held` at its end, or in a `free` part of it."""
+    """Signals that ask to leave raise Interrupted where they come; inside `held` at its end, or in a `free` part."""
 
     def __init__(self) -> None:
         self._held, self._signal = False, 0
 
     def __enter__(self) -> Leaving:
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {s: signal.signal(s, self._handle) for s in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -31,6 +31,8 @@ class RunOptions:
     """Folder of this run inside --out; by default the preset's name, with a number if that is taken."""
     resume: Literal["no", "auto"] = "no"
     """auto continues the named run from its newest checkpoint, or starts it."""
+    allow_changed: tuple[str, ...] = ()
+    """Keys of the config that may differ from the run's when it is resumed (lr, or gan.weight); any other refuses."""
     save_every: int = 0
     """Steps between checkpoints; 0 is a quarter of the run, at most 1000."""
     keep: int = 2
@@ -39,6 +41,16 @@ class RunOptions:
     """Save and leave after this many steps (0: at the end)."""
     patience: int = 20
     """Updates skipped in a row, for a loss or gradient that is not a finite number, before the run stops."""
+    rollback: float = 0.0
+    """Go back to the checkpoint before, and on with other samples, where the loss rises above this multiple of its
+    median or --patience is reached; 0 is never."""
+    peer_timeout: float = 1800.0
+    """Seconds that a process of several waits for another before that counts as lost, and the run starts again."""
+    max_bad: float = 0.01
+    """Share of the pictures that may be unreadable (three always may) before the run stops; each is passed over and
+    listed in bad_samples.jsonl."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the log goes beside log.jsonl; each has to be installed: pip install 'flux2-tokenizer[track]'."""
     dry_run: bool = False
     """Print the resolved config, parameters, memory and arithmetic, and stop."""
 
@@ -46,6 +58,12 @@ class RunOptions:
         for name, least in (("save_every", 0), ("keep", 1), ("stop_after", 0), ("patience", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
+        if not self.peer_timeout > 0:
+            raise ValueError(f"peer_timeout: expected a positive number of seconds, got {self.peer_timeout}")
+        if self.rollback and not self.rollback > 1:
+            raise ValueError(f"rollback: expected 0 or a number above 1, got {self.rollback}")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad: expected a share in [0, 1], got {self.max_bad}")
         if self.name and (Path(self.name).name != self.name or self.name in (".", "..")):
             raise ValueError(f"name: expected a plain folder name, got {self.name!r}; --out chooses where runs go")
 

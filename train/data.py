@@ -1,4 +1,4 @@
-"""Training pictures: skimage's bundled photographs or a folder, and crops drawn from them.
+"""Training pictures: skimage's bundled photographs or those of a source, and crops drawn from them.
 
 The crop of sample i at step s is a pure function of (seed, s, i): one Philox draw decides picture, place, scale, flip,
 rotation and colour, so that any number of workers and any resume give the same batches.
@@ -9,19 +9,24 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flux2.images import find_images, from_uint8, load_image
+from flux2.images import MODES, decode_image, from_uint8, image_size
 from kernels.philox import uniform
+from train.bad_samples import MOST_IN_A_ROW, Bad, BadSamples
+from train.buckets import BucketOrder, nearest_bucket, read_sizes
+from train.crops import DRAWS, Augmentation, colours, crop_of
+from train.dist import Share
+from train.loop import SIGNALS
+from train.sources import Files, Source, open_source
 
 TRAINING_PHOTOGRAPHS = (
     "astronaut.png",
@@ -37,50 +42,67 @@ HELD_OUT_EVERY = 20  # of a folder without its own held-out folder, each 20th pi
 # Philox streams of the training loop
 STREAM_CROPS, STREAM_POSTERIOR, STREAM_HELD_OUT = 100, 101, 102
 STREAM_AUGMENT, STREAM_EQUIVARIANCE, STREAM_NOISE_LEVEL = 103, 104, 105
-DRAWS = 12  # uniforms a crop uses, see crop_of and _colours
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """crop_scale: source pixels per output pixel, drawn log-uniformly (upper end cut to what the picture holds).
-
-    flip: mirror with probability 1/2. rotate: by a multiple of 90 degrees. colour: strength of brightness, contrast,
-    saturation and channel-order changes; 0 is none.
-    """
-
-    crop_scale: tuple[float, float] = (1.0, 1.0)
-    flip: bool = True
-    rotate: bool = False
-    colour: float = 0.0
-
-    def __post_init__(self) -> None:
-        low, high = self.crop_scale
-        if not 0 < low <= high:
-            raise ValueError(f"crop_scale: expected 0 < low <= high, got {self.crop_scale}")
 
 
 class Pictures:
-    """A list of pictures, read when asked for. Embedded photographs stay in memory, a folder's files do not."""
+    """Pictures of a source, or some of them, read when asked for; in_memory: kept then. channels: 1, 3 or 4."""
 
-    def __init__(self, paths: Sequence[Path], *, in_memory: bool) -> None:
-        self.paths = list(paths)
-        self._read = lru_cache(maxsize=None)(load_image) if in_memory else load_image
+    def __init__(
+        self, source: Source, indices: Sequence[int] | None = None, *, in_memory: bool = False, channels: int = 3
+    ) -> None:
+        if channels not in MODES:
+            raise ValueError(f"channels: expected 1, 3 or 4, got {channels}")
+        self.source, self.in_memory, self.channels = source, in_memory, channels
+        self.indices = range(len(source.paths)) if indices is None else indices
+        self._kept = lru_cache(maxsize=None)(self._read) if in_memory else self._read
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """uint8 [H, W, 3]"""
-        return self._read(self.paths[index])
+        """uint8 [H, W, channels]. ValueError, with its name and the reason, if it cannot be read."""
+        return self._kept(index)
+
+    def _read(self, index: int) -> np.ndarray:
+        place = self.indices[index]
+        return decode_image(self.source.open(place), self.source.paths[place], self.channels)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width), from its header. ValueError as for the picture."""
+        place = self.indices[index]
+        return image_size(self.source.open(place), self.source.paths[place])
+
+    @property
+    def paths(self) -> list[Path]:
+        """What each is called: its file, or ARCHIVE/MEMBER."""
+        return [self.source.paths[i] for i in self.indices]
+
+    @property
+    def labels(self) -> list[str]:
+        """The class of each: its first folder below the data, or what its archive or table says; "" for none."""
+        return [self.source.labels[i] for i in self.indices]
+
+    def path(self, index: int) -> Path:
+        return self.source.paths[self.indices[index]]
+
+    def stamp(self, index: int) -> str:
+        """Changes when the picture does."""
+        return self.source.stamp(self.indices[index])
+
+    def subset(self, positions: Iterable[int]) -> Pictures:
+        """Those at `positions`."""
+        chosen = [self.indices[p] for p in positions]
+        return Pictures(self.source, chosen, in_memory=self.in_memory, channels=self.channels)
 
     def __getstate__(self) -> dict:  # caches do not travel to worker processes
-        return {"paths": self.paths, "in_memory": self._read is not load_image}
+        names = ("source", "indices", "in_memory", "channels")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
 
 
-def embedded_photographs() -> tuple[Pictures, Pictures]:
+def embedded_photographs(channels: int = 3) -> tuple[Pictures, Pictures]:
     """(training, held-out) photographs bundled with the scikit-image wheel, as files; nothing is downloaded."""
     import skimage
 
@@ -88,37 +110,37 @@ def embedded_photographs() -> tuple[Pictures, Pictures]:
     names = TRAINING_PHOTOGRAPHS + HELD_OUT_PHOTOGRAPHS
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"scikit-image's bundled photographs are missing from {folder}: {', '.join(missing)}")
-    train, held_out = ([folder / n for n in group] for group in (TRAINING_PHOTOGRAPHS, HELD_OUT_PHOTOGRAPHS))
-    return Pictures(train, in_memory=True), Pictures(held_out, in_memory=True)
+    groups = [[folder / n for n in group] for group in (TRAINING_PHOTOGRAPHS, HELD_OUT_PHOTOGRAPHS)]
+    train, held_out = (Pictures(Files(paths), in_memory=True, channels=channels) for paths in groups)
+    return train, held_out
 
 
-def open_pictures(data: str, held_out: str = "") -> tuple[Pictures, Pictures]:
-    """(training, held-out) pictures: `data` is "photographs" (embedded) or a folder searched recursively.
+def open_pictures(data: str, held_out: str = "", *, channels: int = 3) -> tuple[Pictures, Pictures]:
+    """(training, held-out) pictures: `data` is "photographs" (embedded) or what `train.sources.open_source` takes.
 
-    held_out: a folder of its own; without it each 20th picture of `data` (at least one) is held out.
+    held_out: a source of its own; without it each 20th picture of `data` (at least one) is held out.
     """
+    apart = Pictures(open_source(held_out), channels=channels) if held_out else None
     if data == "photographs":
-        train, held = embedded_photographs()
-        return (train, Pictures(find_images(held_out), in_memory=False)) if held_out else (train, held)
-    paths = find_images(data)
-    if held_out:
-        return Pictures(paths, in_memory=False), Pictures(find_images(held_out), in_memory=False)
-    if len(paths) < 2:
+        train, held = embedded_photographs(channels)
+        return train, apart or held
+    pictures = Pictures(open_source(data), channels=channels)
+    if apart:
+        return pictures, apart
+    if len(pictures) < 2:
         raise ValueError(
-            f"{data}: expected at least 2 pictures (one is held out), got {len(paths)}; or give --held-out"
+            f"{data}: expected at least 2 pictures (one is held out), got {len(pictures)}; or give --held-out"
         )
-    held = paths[::HELD_OUT_EVERY]
-    kept = [p for i, p in enumerate(paths) if i % HELD_OUT_EVERY]
-    return Pictures(kept, in_memory=False), Pictures(held, in_memory=False)
+    held = range(0, len(pictures), HELD_OUT_EVERY)
+    kept = [i for i in range(len(pictures)) if i % HELD_OUT_EVERY]
+    return pictures.subset(kept), pictures.subset(held)
 
 
 def class_names(pictures: Pictures, data: str) -> list[str]:
-    """The class of each picture: its first folder below `data`, "" for one that lies in `data` itself; of an embedded
-    photograph its own name."""
+    """The class of each picture, as `Pictures.labels`; of an embedded photograph its own name."""
     if data == "photographs":
         return [path.stem for path in pictures.paths]
-    parts = [p.relative_to(data).parts if p.is_relative_to(data) else p.parts[-2:] for p in pictures.paths]
-    return [p[0] if len(p) > 1 else "" for p in parts]
+    return pictures.labels
 
 
 class EpochOrder:
@@ -137,115 +159,172 @@ class EpochOrder:
     def _permutation_of(self, epoch: int) -> np.ndarray:
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num)
 
-    def index_of(self, step: int, sample: int) -> int:
+    def index_of(self, step: int, sample: int, after: int = 0) -> int:
+        """The thing; with `after`, the one so many places later in that epoch's order, the end followed by the
+        beginning."""
         epoch, position = divmod(step * self.batch + sample, self.num)
-        return int(self._permutation(epoch)[position])
+        return int(self._permutation(epoch)[(position + after) % self.num])
+
+    def length_of(self, step: int) -> int:
+        """Things that a step's samples are out of."""
+        return self.num
+
+
+class Samples(NamedTuple):
+    """A step's crops uint8 [n, C, H, W], the pictures they were cut from, and those that could not be read."""
+
+    crops: Tensor
+    pictures: list[int]
+    bad: list[Bad]
 
 
 class CropBatches(Dataset):
-    """Item `step` is the batch of that step: uint8 [batch, 3, R, R].
+    """Item `step` is the batch of that step: uint8 [batch, C, R, R], or [batch, C, H, W] of one of the `buckets`.
 
-    Pictures are visited in a fresh random order each epoch, an epoch being len(pictures) samples.
+    With a share it is the share's samples of that batch.
+
+    Pictures are visited in a fresh random order each epoch, an epoch being len(pictures) samples; BucketOrder says what
+    it is with buckets. In the place of a picture that cannot be read comes the next of the epoch's order that can: the
+    batches stay a function of files, seed and step. With skip_bad=False it is a ValueError instead.
     """
 
     def __init__(
-        self, pictures: Pictures, *, resolution: int, batch: int, augmentation: Augmentation, seed: int
+        self,
+        pictures: Pictures,
+        *,
+        resolution: int,
+        batch: int,
+        augmentation: Augmentation,
+        seed: int,
+        skip_bad: bool = True,
+        buckets: Sequence[tuple[int, int]] = (),
+        share: Share | None = None,
     ) -> None:
-        self.pictures, self.resolution, self.batch = pictures, resolution, batch
-        self.augmentation, self.seed = augmentation, seed
-        self._order = EpochOrder(len(pictures), batch=batch, seed=seed)
+        self.pictures, self.resolution, self.batch, self.share = pictures, resolution, batch, share
+        self.samples = share.samples() if share else list(range(batch))
+        self.augmentation, self.seed, self.skip_bad, self.buckets = augmentation, seed, skip_bad, list(buckets)
+        self._order: EpochOrder | BucketOrder = EpochOrder(len(pictures), batch=batch, seed=seed)
+        if buckets:
+            nearest = [nearest_bucket(size, buckets) for size in read_sizes(pictures.size, len(pictures))]
+            self._order = BucketOrder(nearest, batch=batch, seed=seed)
 
     def picture_of(self, step: int, sample: int) -> int:
-        """Index of the picture that sample `sample` of step `step` is cut from."""
+        """Index of the picture that sample `sample` of step `step` is cut from, where that can be read."""
         return self._order.index_of(step, sample)
 
-    def names(self, step: int) -> list[str]:
-        """File names of the pictures that the samples of a step are cut from."""
-        return [self.pictures.paths[self.picture_of(step, i)].name for i in range(self.batch)]
+    def names(self, step: int, ranks: Sequence[int] = ()) -> list[str]:
+        """File names of these pictures, of all samples of a step; of some processes' samples alone."""
+        samples = self.share.of_processes(ranks) if self.share else range(self.batch)
+        return [self.pictures.path(self.picture_of(step, i)).name for i in samples]
+
+    def shape_of(self, step: int) -> tuple[int, int]:
+        """(height, width) of a step's crops."""
+        if isinstance(self._order, BucketOrder):
+            return self.buckets[self._order.bucket_of(step)]
+        return self.resolution, self.resolution
+
+    def _readable(self, step: int, sample: int, bad: list[Bad]) -> tuple[int, np.ndarray]:
+        """(index, picture) of a sample, or of the next after it that can be read; adds those that cannot to `bad`."""
+        tried = min(self._order.length_of(step), MOST_IN_A_ROW) if self.skip_bad else 1
+        for after in range(tried):
+            index = self._order.index_of(step, sample, after)
+            try:
+                return index, self.pictures[index]
+            except ValueError as error:
+                if not self.skip_bad:
+                    raise
+                name = str(self.pictures.path(index))
+                bad.append(Bad(name, str(error).removeprefix(f"{name}: ")))
+        raise Unreadable(bad)
+
+    def read(self, step: int) -> Samples:
+        """The batch of a step, with what it is made of. Unreadable where nothing in its place can be read."""
+        draws = uniform(self.seed, step, 0, self.batch, DRAWS, stream=STREAM_CROPS)[self.samples]
+        shape = self.shape_of(step)
+        crops: np.ndarray | None = None
+        indices: list[int] = []
+        bad: list[Bad] = []
+        for i, (sample, u) in enumerate(zip(self.samples, draws.tolist(), strict=True)):
+            index, image = self._readable(step, sample, bad)
+            if crops is None:
+                crops = np.empty((len(self.samples), *shape, image.shape[2]), np.uint8)
+            crops[i] = crop_of(image, shape, u, self.augmentation)
+            indices.append(index)
+        assert crops is not None
+        batch = torch.from_numpy(crops).permute(0, 3, 1, 2)  # uint8 [n, C, H, W]
+        batch = colours(batch, draws, self.augmentation.colour) if self.augmentation.colour else batch
+        return Samples(batch, indices, bad)
+
+    def reported(self, step: int) -> tuple[Tensor, list[Bad]]:
+        """(item, those that could not be read)"""
+        samples = self.read(step)
+        return samples.crops, samples.bad
 
     def __getitem__(self, step: int) -> Tensor:
-        draws = uniform(self.seed, step, 0, self.batch, DRAWS, stream=STREAM_CROPS)
-        crops = [
-            crop_of(self.pictures[self.picture_of(step, i)], self.resolution, u, self.augmentation)
-            for i, u in enumerate(draws.tolist())
-        ]
-        batch = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)  # uint8 [n, 3, R, R]
-        return _colours(batch, draws, self.augmentation.colour) if self.augmentation.colour else batch
+        return self.read(step).crops
 
 
-def crop_of(image: np.ndarray, resolution: int, u: list[float], augmentation: Augmentation) -> np.ndarray:
-    """uint8 [R, R, 3] cut from uint8 [H, W, 3]; u: uniforms, of which 0..4 are used here."""
-    from PIL import Image
+class Unreadable(ValueError):
+    """Nothing in the place of a sample can be read; `bad` are those that were tried."""
 
-    height, width = image.shape[:2]
-    low, high = (resolution * s for s in augmentation.crop_scale)
-    high = max(low, min(high, height, width))
-    side = min(low * (high / low) ** u[0], height, width)  # source pixels; a small picture is enlarged
-    top, left = u[1] * (height - side), u[2] * (width - side)
-    if side == resolution:  # native scale: whole pixels, no resampling
-        top, left = (min(int(o * (n - side + 1)), n - resolution) for o, n in ((u[1], height), (u[2], width)))
-        crop = image[top : top + resolution, left : left + resolution]
-    else:
-        y0, x0 = int(top), int(left)
-        y1, x1 = min(height, math.ceil(top + side)), min(width, math.ceil(left + side))
-        box = (left - x0, top - y0, left - x0 + side, top - y0 + side)
-        box = (box[0], box[1], min(box[2], x1 - x0), min(box[3], y1 - y0))
-        part = Image.fromarray(image[y0:y1, x0:x1])
-        crop = np.asarray(part.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box))
-    if augmentation.flip and u[3] < 0.5:
-        crop = crop[:, ::-1]
-    if augmentation.rotate:
-        crop = np.rot90(crop, int(u[4] * 4))
-    return np.ascontiguousarray(crop)
+    def __init__(self, bad: list[Bad]) -> None:
+        super().__init__(f"{bad[-1].sample}: {bad[-1].reason}; nor can the {len(bad) - 1} tried before it")
+        self.bad = bad
+
+    def __reduce__(self):
+        return Unreadable, (self.bad,)
 
 
-def centre_square(image: np.ndarray, resolution: int) -> np.ndarray:
-    """The largest centred square of uint8 [H, W, 3], resampled (PIL's bicubic, antialiased) to uint8 [R, R, 3]."""
-    from PIL import Image
-
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = Image.fromarray(image[top : top + side, left : left + side])
-    return np.asarray(square.resize((resolution, resolution), Image.Resampling.BICUBIC))
+def _ignore_signals(_: int) -> None:
+    """Terminals and schedulers send signals to worker processes, too; when to stop is the main process's to say."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _colours(batch: Tensor, draws: Tensor, strength: float) -> Tensor:
-    """Contrast, saturation, brightness and channel order, per sample; uniforms 5..10 of `draws` [n, DRAWS]."""
-    signed = (2 * draws[:, 5:8, None, None] - 1) * strength  # [n, 3, 1, 1]
-    contrast, saturation, brightness = signed[:, 0:1], signed[:, 1:2], signed[:, 2:3]
-    x = batch.float()
-    grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * (1 + saturation)
-    x = (x - 127.5) * (1 + contrast) + 127.5 * (1 + 0.5 * brightness)
-    order = torch.argsort(draws[:, 8:11], dim=1)  # a random permutation of the channels,
-    keep = (draws[:, 11] >= strength)[:, None]  # applied with probability `strength`
-    order = torch.where(keep, torch.arange(3).expand_as(order), order)
-    x = torch.gather(x, 1, order[:, :, None, None].expand_as(x))
-    return x.round().clamp(0, 255).to(torch.uint8)
+class _Reported(Dataset):
+    """Items of a data set with the pictures that could not be read, which have to come back from worker processes."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, step: int) -> tuple[Any, list[Bad]]:
+        try:
+            return self.dataset.reported(step)
+        except Unreadable as error:
+            return None, error.bad
 
 
-def _ignore_interrupts(_: int) -> None:
-    """A terminal sends Ctrl-C to worker processes too; when to stop is the main process's to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def batches(dataset: Dataset, start: int, stop: int, *, workers: int, bad: BadSamples | None = None) -> Iterator[Any]:
+    """Items start .. stop - 1 of `dataset`, a batch each, in order; `workers` processes read ahead (0: none).
 
-
-def batches(dataset: Dataset, start: int, stop: int, *, workers: int) -> Iterator[Any]:
-    """Items start .. stop - 1 of `dataset`, a batch each, in order; `workers` processes read ahead (0: none)."""
+    bad: takes the pictures that could not be read, of a data set that has `reported`.
+    """
+    listed = bad is not None and hasattr(dataset, "reported")
     loader = DataLoader(
-        dataset,
+        _Reported(dataset) if listed else dataset,
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    return _noted(loader, start, bad) if listed and bad is not None else iter(loader)
+
+
+def _noted(loader: Iterable[tuple[Any, list[Bad]]], start: int, bad: BadSamples) -> Iterator[Any]:
+    for step, (item, found) in enumerate(loader, start):
+        bad.note(step, [Bad(*b) for b in found])
+        if item is None:
+            raise ValueError(f"none of the pictures tried for step {step} can be read; they are listed in {bad.path}")
+        yield item
 
 
 def held_out_crops(pictures: Pictures, *, num_crops: int = 256, resolution: int = 64) -> Tensor:
-    """Fixed crops at native scale, uint8 [num_crops, 3, R, R]: an equal share of each picture, places from seed 0."""
+    """Fixed crops at native scale, uint8 [num_crops, C, R, R]: an equal share of each picture, places from seed 0.
+
+    ValueError, naming it, if a picture cannot be read: what quality is measured on is not to change unseen.
+    """
     draws = uniform(0, 0, 0, num_crops, 5, stream=STREAM_HELD_OUT).tolist()
     plain = Augmentation(flip=False)
     share = math.ceil(num_crops / len(pictures))
@@ -254,7 +333,7 @@ def held_out_crops(pictures: Pictures, *, num_crops: int = 256, resolution: int 
 
 
 def training_pixels(dataset: CropBatches, num_images: int) -> Tensor:
-    """About num_images training crops as pixels [N, 3, R, R] in [-1, 1], the same for the same config.
+    """About num_images training crops as pixels [N, C, R, R] in [-1, 1], the same for the same config.
 
     They are those of steps 2^31 and on, which training never reaches: fitting on them costs no training sample.
     """

@@ -46,7 +46,7 @@ def step_cost(config: VaeConfig, backend: str = "auto") -> StepCost:
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     with torch.device("meta"):
         ae = _network(config, backend).to(dtype)
-        x = torch.empty(1, 3, config.resolution, config.resolution, dtype=dtype)
+        x = torch.empty(1, config.autoencoder.channels, config.resolution, config.resolution, dtype=dtype)
     ae.encoder.requires_grad_(config.train != "decoder")
     ae.decoder.requires_grad_(config.train != "encoder")
     own = {p.untyped_storage()._cdata for p in ae.parameters()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,12 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flux2.checkpoint_folders import Checkpoints
 from flux2.features import Features, build_features
 from flux2.images import find_images, save_png
 from flux2.samplers import Velocity, classifier_free
+from flux2.tensor_files import load_json
 from train.data import Augmentation
 from train.evaluation import PHOTOGRAPHS, CommonConfig, distances, finish
-from train.loop import Checkpoints, choose_device, choose_precision
+from train.loop import choose_device, choose_precision
 from train.picture_sets import FolderPictures, NpzPictures, PictureSet, TrainingCrops
 from train.references import Collected, Reference, adm_reference, load_reference, reference_of, watched
 from train.sample import FlowModel, chosen_labels, decode_uint8, generate, grid_of, load_flow, random_labels
@@ -181,8 +182,8 @@ def _reference(config: GenerateConfig, features: Features, device: torch.device,
         return reference_of(pictures, features, device, cache=cache, workers=workers)
     augmentation = Augmentation(crop_scale=(1.0, 4.0))
     if config.run:
-        checkpoints = Checkpoints(Path(config.run) / "checkpoints", keep=1)
-        trained = json.loads((checkpoints.path(checkpoints.steps()[-1]) / "config.json").read_text())["train"]
+        checkpoints = Checkpoints(Path(config.run) / "checkpoints")
+        trained = load_json(checkpoints.path(checkpoints.steps()[-1]) / "config.json")["train"]
         saved = trained["augmentation"]
         augmentation = Augmentation(**{**saved, "crop_scale": tuple(saved["crop_scale"])})
     if config.crop_scale:

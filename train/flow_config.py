@@ -22,9 +22,10 @@ class FlowConfig:
     autoencoder: str = ""
     """Run of train.vae, .safetensors file or diffusers folder; by default the newest run in --out, else one is made."""
     data: str = "photographs"
-    """"photographs" (bundled with scikit-image, each a class) or a folder of pictures; its sub-folders are classes."""
+    """"photographs" (bundled with scikit-image, each a class), a folder of pictures, whose sub-folders are classes, tar
+    files, a zip, parquet files or hf:USER/NAME; docs/data.md has examples."""
     held_out: str = ""
-    """Folder of held-out pictures; by default coffee and chelsea, or each 20th picture of --data."""
+    """Held-out pictures, likewise; by default coffee and chelsea, or each 20th picture of --data."""
     cache: str = ""
     """Latent cache (python -m train.data cache) to train on, instead of crops of --data encoded as they come; auto
     makes one in the run's folder."""
@@ -132,6 +133,8 @@ def sampling_shift(shift: float | Literal["auto"], train_shift: float, channels_
 class FlowOptions(RunOptions):
     """Where and how a run happens; may differ between a run and its resumption."""
 
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Between several processes: each has the whole model (ddp), or a share of it (fsdp; --compile-scope blocks)."""
     compile_scope: Literal["model", "blocks"] = "model"
     """What --compile compiles: model and losses as one graph, or each block by itself, which starts sooner."""
     checkpoint_activations: bool = False
@@ -195,7 +198,7 @@ _DESCRIPTION = """Train a flow-matching transformer on an autoencoder's latents.
   python -m train.flow --name mine --resume auto      go on after an interruption
 
 Writes OUT/NAME/: config.yaml, env.json, log.jsonl, autoencoder.safetensors, checkpoints/, samples/, report.html.
-Ctrl-C or SIGTERM saves and leaves (exit code 130 or 143); a second Ctrl-C leaves at once.
+Ctrl-C, SIGTERM and SIGUSR1 save and leave (exit code 130, 143, 138); a second one leaves at once.
 """
 
 

@@ -82,25 +82,30 @@ def plot_bins(records: list[dict[str, Any]], law: Law, path: Path) -> None:
     plt.close(figure)
 
 
+def judge(trainer: FlowTrainer, validation: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Normalised velocity loss by average and set, in all and by time bin; validation: latents and labels by set."""
+    results: dict[str, Any] = {}
+    for decay, ema in trainer.emas.items():
+        losses = {k: validate(ema.model, x, y, precision=trainer.config.precision) for k, (x, y) in validation.items()}
+        results[str(decay)] = {k: {"mean": v.mean(), "bins": v.per_bin().tolist()} for k, v in losses.items()}
+    return results
+
+
 def write_flow_report(
     folder: Path,
     *,
     config: str,
     trainer: FlowTrainer,
-    validation: dict[str, tuple[Tensor, Tensor]],
+    results: dict[str, Any],
     classes: list[str],
     sampled: str,
 ) -> dict[str, float]:
     """Writes plots, folder/results.json and folder/report.html; returns the validation losses of the first average.
 
-    validation: latents and labels by set; sampled: how samples/samples.png, which is there, was drawn, beside
+    results: what `judge` returned. sampled: how samples/samples.png, which is there, was drawn, beside
     samples/training_crops.png.
     """
-    samples, precision = folder / "samples", trainer.config.precision
-    results: dict[str, Any] = {}
-    for decay, ema in trainer.emas.items():
-        losses = {k: validate(ema.model, x, y, precision=precision) for k, (x, y) in validation.items()}
-        results[str(decay)] = {k: {"mean": v.mean(), "bins": v.per_bin().tolist()} for k, v in losses.items()}
+    samples = folder / "samples"
     records = read_log(folder / "log.jsonl")
     last = next((r for r in reversed(records) if "loss" in r), {})
     save_json(folder / "results.json", {"normalised_velocity_loss": results, "last": last})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from flux2.autoencoder import AutoEncoder
 from flux2.ema import EMA
@@ -16,6 +18,7 @@ from flux2.teachers import build_teacher
 from flux2.transformer import RepaProjector, SiT
 from kernels import flow_match_inputs, repa_loss
 from kernels.philox import normal, uniform
+from train import dist
 from train.flow_config import FlowConfig, FlowOptions
 from train.guards import GuardedOptimiser
 from train.loop import load_optimiser_tensors, optimiser_tensors
@@ -30,6 +33,8 @@ class FlowTrainer:
 
     token_channels: channels of a cache's tokens, where the teacher's features come from there.
     """
+
+    watched = "velocity"
 
     def __init__(
         self,
@@ -58,14 +63,32 @@ class FlowTrainer:
                 token_channels = self.teacher.channels
             width = config.transformer.width
             self.projector = RepaProjector(width, token_channels, config.repa_hidden).to(device)
+        self.sharded = options.parallel == "fsdp" and dist.size() > 1
+        if self.sharded:
+            self._shard(options)
         self.guards, self.lr = self._optimisers(), config.lr  # lr: of the last step
         self.seen: list[tuple[Tensor, Tensor]] = []  # velocity error and time of each sample since the last `bins`
+        self.share = dist.Share(batch=config.batch, parts=config.accumulate)
         self._losses = self.losses
         if options.compile and options.compile_scope == "model":
             self._losses = torch.compile(self.losses, fullgraph=True, dynamic=False)
         elif options.compile:
             for block in self.model.blocks:
                 block.compile(fullgraph=True, dynamic=False)
+        if not self.sharded:
+            self._losses = dist.replicated(self._losses, self.model, *([self.projector] if self.projector else []))
+
+    def _shard(self, options: FlowOptions) -> None:
+        """Spreads the model and its averages over all processes."""
+        if self.config.optimiser == "muon":
+            raise ValueError("optimiser: expected adamw with --parallel fsdp, got muon, which needs whole matrices")
+        if options.compile and options.compile_scope == "model":
+            raise ValueError("compile_scope: expected blocks with --parallel fsdp, got model")
+        from train.sharding import shard
+
+        self.copy_from_main()
+        for model in (self.model, *(ema.model for ema in self.emas.values())):
+            shard(model, model.blocks, precision=self.config.precision)
 
     def _optimisers(self) -> dict[str, GuardedOptimiser]:
         """AdamW over everything; with --optimiser muon, Muon over the matrices that map tokens to tokens in blocks."""
@@ -79,8 +102,9 @@ class FlowTrainer:
         of_muon = {n for n, _ in matrices}
         rest = [(n, p) for n, p in named if n not in of_muon]
         adamw = torch.optim.AdamW(
-            [p for _, p in rest], lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+            [p for _, p in rest], lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
+            fused=not self.sharded,
+        )  # fmt: skip
         guards = {"model": GuardedOptimiser(rest, adamw, clip=config.clip)}
         if matrices:
             muon = torch.optim.Muon(
@@ -133,44 +157,50 @@ class FlowTrainer:
         return terms, errors.detach()
 
     def step(self, step: int, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One update on a batch of `LabelledCrops` or `CachedLatents`: detached scalars by name, and "grad_norm"."""
+        """One update on this process's share of a batch of `LabelledCrops` or `CachedLatents`: detached scalars of the
+        whole batch by name, and "grad_norm"."""
         config = self.config
         self.lr = config.lr * cosine_lr(step, steps=config.steps, warmup=config.warmup, final=config.final_lr)
         for guard in self.guards.values():
             for group in guard.optimiser.param_groups:
                 group["lr"] = self.lr
-        num = len(batch["labels"])
-        drop = uniform(config.seed, step, 0, num, 1, STREAM_LABELS, self.device)[:, 0] < config.label_dropout
-        sums: dict[str, Tensor] = {}
-        size = -(-num // config.accumulate)
-        for first in range(0, num, size):
-            part = {k: value[first : first + size] for k, value in batch.items()}
+        own: dict[str, Tensor] = {}
+        share, piece, firsts = 1 / config.accumulate, self.share.piece, self.share.firsts()
+        for i, first in enumerate(firsts):
+            part = {k: value[i * piece : (i + 1) * piece] for k, value in batch.items()}
             y = part["labels"].to(self.device, non_blocking=True)
+            drop = uniform(config.seed, step, first, piece, 1, STREAM_LABELS, self.device)[:, 0] < config.label_dropout
             x, tokens = self.inputs(step, part, first)
             z, v, t = flow_match_inputs(
                 x, law=config.law, shift=self.shift, mu=config.mu, sigma=config.sigma,
                 seed=config.seed, step=step, first_index=first,
             )  # fmt: skip
-            terms, errors = self._losses(z, v, t, y, drop[first : first + size], tokens)
-            share = len(x) / num
-            (terms["loss"] * share).backward()
+            if self.sharded:
+                self.model.set_requires_gradient_sync(i + 1 == len(firsts))  # type: ignore[operator]
+            with dist.accumulating(self._losses, last=i + 1 == len(firsts)):
+                terms, errors = self._losses(z, v, t, y, drop, tokens)
+                (terms["loss"] * share).backward()
             for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + share * term.detach()
+                own[name] = own.get(name, 0) + share * term.detach()
             self.seen.append((errors, t))
+        if self.sharded and self.projector:  # it is small, and whole everywhere
+            dist.average(p.grad for p in self.projector.parameters() if p.grad is not None)
+        sums, ranks = dist.mean_terms(own)
         judged = dict(sums)
         if len(self.guards) > 1:  # what breaks the gradients of one breaks the update of all
             found = [p.grad for g in self.guards.values() for p in g.named.values() if p.grad is not None]
             judged["gradients"] = torch.stack(torch._foreach_norm(found)).norm()  # pyright: ignore
-        norms = [g.update(step, judged) for g in self.guards.values()]
+        norms = [g.update(step, judged, ranks) for g in self.guards.values()]
         for ema in self.emas.values():
             ema.update(self.model, step)
         return {**sums, "grad_norm": torch.stack(norms).norm()}
 
     def bins(self) -> list[float]:
-        """Mean velocity error of each time bin over the samples trained on since the last call; nan where none were."""
+        """Mean velocity error of each time bin over the samples of all processes since the last call; nan where none
+        were."""
         if not self.seen:
             return [float("nan")] * BINS
-        errors, t = (torch.cat(column) for column in zip(*self.seen, strict=True))
+        errors, t = (dist.gathered(torch.cat(column)) for column in zip(*self.seen, strict=True))
         self.seen = []
         return by_time_bin(errors, t, BINS)[0].tolist()
 
@@ -184,6 +214,23 @@ class FlowTrainer:
         groups |= {f"ema_{decay}": ema.model.state_dict() for decay, ema in self.emas.items()}
         groups |= {f"optimiser_{name}": optimiser_tensors(g.optimiser) for name, g in self.guards.items()}
         return groups | ({"projector": self.projector.state_dict()} if self.projector else {})
+
+    def copy_from_main(self) -> None:
+        """Takes over process 0's weights, as they are before the first step."""
+        if isinstance(next(self.model.parameters()), DTensor):  # done before they were spread
+            return
+        parts = [self.model, *(ema.model for ema in self.emas.values()), *([self.projector] if self.projector else [])]
+        dist.copy_from_main(t for part in parts for t in part.state_dict().values())
+
+    def load_sharded(self, folder: Path) -> None:
+        """As `load`, from a checkpoint's folder: each process reads its own part."""
+        from train.sharding import load_into, load_optimiser
+
+        for name, group in self.tensors().items():
+            if not name.startswith("optimiser_"):
+                load_into(folder / f"{name}.safetensors", group)
+        for name, guard in self.guards.items():
+            load_optimiser(folder / f"optimiser_{name}.safetensors", guard.optimiser)
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Inverse of `tensors`."""

@@ -6,24 +6,74 @@ Whether to skip is decided on the device, so that a GPU does not wait; what brok
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 LEAST_UPDATES = 3  # without a gradient, before a parameter is called dead
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """One update that did not happen: its step, and the terms, else the parameters, that were not finite."""
+    """One update that did not happen: its step, and the terms, else the parameters, that were not finite.
+
+    ranks: the processes whose terms were not; none where that is not known, or there is one process.
+    """
 
     step: int
     broke: tuple[str, ...]
+    ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"step {self.step}: {', '.join(self.broke)}"
+
+
+class Spike(Exception):
+    """What the run should go back from; the text says why."""
+
+
+class SpikeWatch:
+    """Raises Spike where a loss is above `factor` times the median of what came before it. factor 0: never.
+
+    It looks back on at most KEPT values and says nothing before LEAST.
+    """
+
+    KEPT, LEAST = 20, 5
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self._seen = factor, deque[float](maxlen=self.KEPT)
+
+    def observe(self, loss: float) -> None:
+        """Takes the next value; NaN where no step of the window had a finite one."""
+        if self.factor and len(self._seen) >= self.LEAST:
+            median = statistics.median(self._seen)
+            if not loss <= self.factor * median:
+                raise Spike(f"the loss is {loss:.4g}, more than {self.factor:g} times its median {median:.4g}")
+        if loss == loss:
+            self._seen.append(loss)
+
+    def forget(self) -> None:
+        """After going back."""
+        self._seen.clear()
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """This process's part of a gradient that is spread over several."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _of_all_shards(norms: Tensor, spread: list[bool]) -> Tensor:
+    """Norms of whole gradients, from those of this process's parts where they are spread."""
+    if not any(spread):
+        return norms
+    squares = norms.square()
+    torch.distributed.all_reduce(squares)
+    return torch.where(torch.tensor(spread, device=norms.device), squares.sqrt(), norms)
 
 
 class GuardedOptimiser:
@@ -40,20 +90,23 @@ class GuardedOptimiser:
         self.named, self.optimiser, self.clip = dict(named), optimiser, clip
         # as of the last `read`: skipped in a row at its end, most in a row since the read before, all, last step
         self.in_a_row = self.longest = self.skipped = self.last_step = 0
-        self._window: list[tuple[int, list[str], Tensor, Tensor]] = []  # step, names, terms and norm, each gradient
+        # step, names, terms and norm, norm of each gradient, which processes broke
+        self._window: list[tuple[int, list[str], Tensor, Tensor, Tensor | None]] = []
         self._fused = bool(optimiser.defaults.get("fused"))
 
     @torch.no_grad()
-    def update(self, step: int, terms: Mapping[str, Tensor]) -> Tensor:
+    def update(self, step: int, terms: Mapping[str, Tensor], ranks: Tensor | None = None) -> Tensor:
         """One update from the gradients that lie in the parameters, which it then frees. Returns their norm, a scalar.
 
-        terms: scalars by name; a broken one skips the update and is named.
+        terms: scalars by name; a broken one skips the update and is named. Gradients and terms are those of all
+        processes, so that all do the same; ranks: of `dist.mean_terms`.
         """
         with_gradient = [p for p in self.named.values() if p.grad is not None]
-        gradients: list[Tensor] = [p.grad for p in with_gradient if p.grad is not None]
+        gradients: list[Tensor] = [_own(p.grad) for p in with_gradient if p.grad is not None]
         if not gradients:
             raise ValueError(f"no gradient reached any of {len(self.named)} parameters: nothing is trained")
         found = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+        found = _of_all_shards(found, [isinstance(p.grad, DTensor) for p in with_gradient])
         norms = found
         if len(gradients) < len(self.named):
             places = [i for i, p in enumerate(self.named.values()) if p.grad is not None]
@@ -69,8 +122,12 @@ class GuardedOptimiser:
         elif not broken.item():
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self._window.append((step, list(terms), values, norms))
+        self._window.append((step, list(terms), values, norms, ranks))
         return norm
+
+    def forget(self) -> None:
+        """After going back to an older state: what was skipped since then is no longer in a row."""
+        self._window, self.in_a_row, self.longest = [], 0, 0
 
     def read(self) -> tuple[list[Skipped], list[str]]:
         """(updates skipped since the last call, parameters whose gradient was zero at each update since then).
@@ -82,7 +139,7 @@ class GuardedOptimiser:
         skipped: list[Skipped] = []
         self.longest = self.in_a_row
         dead = [True] * len(self.named)
-        for step, names, values, norms in self._window:
+        for step, names, values, norms, ranks in self._window:
             *losses, norm = values.tolist()
             terms = [n for n, v in zip(names, losses, strict=True) if not abs(v) < math.inf]
             sizes = norms.tolist()
@@ -90,7 +147,8 @@ class GuardedOptimiser:
             if terms or not norm < math.inf:
                 more = [f"{len(gradients) - 3} more gradients"] if len(gradients) > 3 else []
                 why = terms or [f"gradient of {n}" for n in gradients[:3]] + more or ["norm of all gradients"]
-                skipped.append(Skipped(step=step, broke=tuple(why)))
+                which = () if ranks is None else tuple(ranks.nonzero().flatten().tolist())
+                skipped.append(Skipped(step=step, broke=tuple(why), ranks=which))
                 self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
                 self.longest = max(self.longest, self.in_a_row)
             else:

@@ -33,7 +33,8 @@ from flux2.rae import RAE
 from flux2.teachers import Teacher, build_teacher
 from flux2.tensor_files import save_json
 from train.cache import hash_of_pictures
-from train.data import Augmentation, Pictures, centre_square, held_out_crops, open_pictures
+from train.crops import Augmentation, centre_square
+from train.data import Pictures, held_out_crops, open_pictures
 from train.evaluation import PHOTOGRAPHS, figure_text, padded
 from train.loop import choose_device, environment
 from train.page import page, picture, table
@@ -289,8 +290,8 @@ def report(config: LatentsConfig) -> int:
         "fitted_on": len(fit),
         "judged_on": len(judged),
         "teacher": config.teacher,
-        "pictures": hash_of_pictures(pictures, config.data)[:16],
-        "held_out": hash_of_pictures(held_out, config.data)[:16],
+        "pictures": hash_of_pictures(pictures)[:16],
+        "held_out": hash_of_pictures(held_out)[:16],
     }
     figures = {name: d.figures for name, d in diagnoses.items()}
     about = {"format": FORMAT, "version": VERSION, "protocol": protocol, "environment": environment(device)}

@@ -305,7 +305,7 @@ def correlations(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def behind_config(config: ProbeConfig, features: Features, device: torch.device) -> dict[str, Any]:
     """What figures depend on and a config only names: features, pictures, precision. They too must be the same in all
     rows of a table."""
-    training, held_out = (hash_of_pictures(p, config.crops.data) for p in config.crops.pictures())
+    training, held_out = (hash_of_pictures(p) for p in config.crops.pictures())
     return {
         "features": {"name": features.name, "label": features.label, "identity": features.identity},
         "pictures": {"training": training, "held_out": held_out},

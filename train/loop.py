@@ -1,4 +1,4 @@
-"""What every training program needs around its step: checkpoints, interruption, the progress line, the log."""
+"""What every training program needs around its step: device, interruption, the log, the progress line."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from flux2.tensor_files import load_tensors, save_json, save_tensors
 
 
 def choose_device(name: str) -> torch.device:
@@ -117,14 +115,18 @@ def latest_run_folder(out: Path, name: str, default: str) -> Path:
     return last
 
 
+# what asks a program to save and leave; SIGUSR1 is what Slurm sends before its time limit (--signal=USR1@60)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
 class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads between steps; a second one acts at once."""
+    """Turns the first of SIGNALS into a flag that the loop reads between steps; a second one acts at once."""
 
     def __init__(self) -> None:
         self.signal = 0
 
     def __enter__(self) -> Interrupt:
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {s: signal.signal(s, self._handle) for s in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,54 +146,6 @@ class Interrupted(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.signal = number
-
-
-class Checkpoints:
-    """`folder/step_00000100/` each with safetensors files and config.json, of which the last `keep` stay.
-
-    A checkpoint is written under a temporary name, flushed to disk and renamed: a folder with a final name is complete.
-    """
-
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        self.folder, self.keep = folder, keep
-
-    def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        if not self.folder.is_dir():
-            return []
-        names = (p.name for p in self.folder.iterdir() if (p / "config.json").is_file())
-        return sorted(int(n[5:]) for n in names if n.startswith("step_") and n[5:].isdigit())
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}"
-
-    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], config: dict[str, Any]) -> Path:
-        """Writes tensors[name] to name.safetensors, `config` to config.json. On OSError older ones stay as they are."""
-        final = self.path(step)
-        if final.exists():  # resumed and stopped without a step in between
-            return final
-        temporary = self.folder / f".tmp-{os.getpid()}-step_{step:08d}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            for name, group in tensors.items():
-                save_tensors(temporary / f"{name}.safetensors", group)
-            save_json(temporary / "config.json", config)
-            temporary.rename(final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
-        for left_behind in self.folder.glob(".tmp-*"):  # of a process killed inside a save
-            shutil.rmtree(left_behind, ignore_errors=True)
-        return final
-
-    def load(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """What `save` wrote: ({name: tensors}, config)."""
-        folder = self.path(step)
-        tensors = {p.stem: load_tensors(p)[0] for p in sorted(folder.glob("*.safetensors"))}
-        return tensors, json.loads((folder / "config.json").read_text())
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -217,18 +171,33 @@ def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, 
 
 
 class Log:
-    """One JSON object a line in `path`. Lines after the step a run goes on from (0: all) come again and are dropped."""
+    """One JSON object a line in `path`. Lines after the step a run goes on from (0: all) come again and are dropped.
 
-    def __init__(self, path: Path, *, start: int) -> None:
-        self.path = path
+    also: is given every record, too. writes: False, and nothing is written: another process of the run does.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        start: int,
+        also: Callable[[dict[str, Any]], None] = lambda record: None,
+        writes: bool = True,
+    ) -> None:
+        self.path, self.also, self.writes = path, also, writes
+        if not writes:
+            return
         kept = [line for line in read_log(path) if start and line["step"] <= start]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
 
     def write(self, record: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        self.also(record)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -245,12 +214,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 class Progress:
     """One line with step, ETA, images/s, losses and peak memory: rewritten on a terminal, else printed every 10 s."""
 
-    def __init__(self, *, start: int, steps: int, batch: int, device: torch.device) -> None:
+    def __init__(self, *, start: int, steps: int, batch: int, device: torch.device, shown: bool = True) -> None:
         from tqdm import tqdm
 
         self.batch, self.device = batch, device
         self._times = [(time.monotonic(), start)]
-        self._terminal = sys.stderr.isatty()
+        self._terminal, self._shown = shown and sys.stderr.isatty(), shown
         self._printed = time.monotonic()
         self._steps = steps
         self._bar = tqdm(
@@ -278,7 +247,7 @@ class Progress:
         if self._terminal:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
-        elif now - self._printed > 10 or done == self._steps:
+        elif self._shown and (now - self._printed > 10 or done == self._steps):
             self._printed = now
             left = (self._steps - done) * self.batch / rate if rate else 0
             print(f"step {done}/{self._steps} eta {left:.0f} s {text}", flush=True)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from flux2.distances import Moments
 from flux2.features import Features
-from flux2.tensor_files import load_json, load_tensors, save_json, save_tensors
-from train.cache import file_hash
+from flux2.tensor_files import file_hash, load_json, load_tensors, save_json, save_tensors
 from train.loop import Progress
 from train.picture_sets import NpzPictures, PictureSet, read_npz
 

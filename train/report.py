@@ -26,7 +26,7 @@ WHOLE_PICTURES, WHOLE_SIDE = 2, 512  # held-out pictures shown whole, and the lo
 
 
 def bicubic(x: Tensor, side: int) -> Tensor:
-    """uint8 [N, 3, R, R] -> shrunk to side x side and enlarged again, bicubic with antialiasing, uint8 [N, 3, R, R]."""
+    """uint8 [N, C, R, R] -> shrunk to side x side and enlarged again, bicubic with antialiasing, uint8 [N, C, R, R]."""
     small = F.interpolate(x.float(), size=(side, side), mode="bicubic", antialias=True).round().clamp(0, 255)
     large = F.interpolate(small, size=tuple(x.shape[-2:]), mode="bicubic", antialias=True)
     return large.round().clamp(0, 255).to(torch.uint8)
@@ -38,21 +38,22 @@ def yardsticks(ae: AutoEncoder | RAE, crops: Tensor, code: LinearCode) -> dict[s
     Without those that keep as many numbers as the crop has, as beside an RAE: they lose nothing.
     """
     side, f, z = crops.shape[-1], ae.cfg.downsample, ae.cfg.z_channels
-    equal = max(1, round(side * (z / 3) ** 0.5 / f))  # 3 side'^2 numbers, as near as whole pixels allow
+    c = crops.shape[1]
+    equal = max(1, round(side * (z / c) ** 0.5 / f))  # c side'^2 numbers, as near as whole pixels allow
     equal = min(equal, side)
     rows = {
-        f"bicubic, {f}x down and up": (3 * (side // f) ** 2, bicubic(crops, side // f)),
-        "bicubic at equal code size": (3 * equal**2, bicubic(crops, equal)),
+        f"bicubic, {f}x down and up": (c * (side // f) ** 2, bicubic(crops, side // f)),
+        "bicubic at equal code size": (c * equal**2, bicubic(crops, equal)),
         f"PCA of {f}x{f} blocks, {len(code.components)} components": (
             len(code.components) * (side // f) ** 2,
             to_uint8(code.reconstruct(from_uint8(crops))),
         ),
     }
-    return {label: row for label, row in rows.items() if row[0] < 3 * side**2}
+    return {label: row for label, row in rows.items() if row[0] < c * side**2}
 
 
 def reconstruction_grid(crops: Tensor, ours: Tensor, linear: Tensor) -> np.ndarray:
-    """Rows: original, ours, 5x error, PCA, 5x error; columns: crops spread over the set. uint8 [H, W, 3], 2x size."""
+    """Rows: original, ours, 5x error, PCA, 5x error; columns: crops spread over the set. uint8 [H, W, C], 2x size."""
     chosen = torch.linspace(0, len(crops) - 1, min(GRID_CROPS, len(crops))).round().long().tolist()
     a, b, c = ([to_array(t[i]) for i in chosen] for t in (crops, ours, linear))
     rows = [a, b, [error_image(x, y) for x, y in zip(a, b, strict=True)]]
@@ -169,11 +170,12 @@ def write_report(
     plot_curves(records, samples / "losses.png", {k: v["psnr_db"] for k, v in list(results.items())[1:]})
     last = next((r for r in reversed(records) if "loss" in r), {})
     save_json(folder / "results.json", {"held_out": results, "crops": len(crops), "last": last})
-    (folder / "report.html").write_text(_page(folder, config, results, len(crops), crops.shape[-1], last))
+    (folder / "report.html").write_text(_page(folder, config, results, crops, last))
     return results["ours (EMA)"]["psnr_db"]
 
 
-def _page(folder: Path, config: str, results: dict, num_crops: int, side: int, last: dict) -> str:
+def _page(folder: Path, config: str, results: dict, crops: Tensor, last: dict) -> str:
+    num_crops, channels, _, side = crops.shape
     cells = [[k, str(r["numbers_per_crop"]), f"{r['psnr_db']:.2f}", f"{r['ssim']:.4f}"] for k, r in results.items()]
     samples = folder / "samples"
     whole = ""
@@ -183,7 +185,7 @@ def _page(folder: Path, config: str, results: dict, num_crops: int, side: int, l
     facts = ", ".join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in last.items())
     body = f"""<h2>Held-out reconstruction</h2>
 <p>{num_crops} crops of {side} pixels from pictures that training never sees; means of per-crop figures on 8-bit values.
-A code's size is the count of numbers it keeps of a crop's {3 * side * side}.
+A code's size is the count of numbers it keeps of a crop's {channels * side * side}.
 PCA is fitted on the training pictures.</p>
 {table(["code", "numbers a crop", "PSNR, dB", "SSIM"], cells)}
 {picture(samples / "reconstructions.png", "rows: original, ours, 5x error of ours, PCA, 5x error of PCA")}

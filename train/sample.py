@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,17 @@ import torch
 from torch import Tensor
 
 from flux2.autoencoder import AutoEncoder
-from flux2.checkpoints import load_autoencoder, load_tensors
+from flux2.checkpoint_folders import Checkpoints
+from flux2.checkpoints import load_autoencoder
 from flux2.images import save_png, tile, to_array, to_uint8
 from flux2.rae import RAE
 from flux2.samplers import SAMPLERS, Velocity, autoguidance, classifier_free
 from flux2.schedules import sampling_times
+from flux2.tensor_files import load_json, load_tensors
 from flux2.transformer import SiT, TransformerConfig
 from kernels.philox import normal, uniform
 from train.flow_config import sampling_shift
-from train.loop import Checkpoints, choose_device, choose_precision
+from train.loop import choose_device, choose_precision
 
 FLOW_FORMAT = "flux2-tokenizer flow"  # names the checkpoints of train.flow
 STREAM_SAMPLES, STREAM_LABELS = 115, 116  # Philox streams of the noise that sampling starts from, and of classes
@@ -54,11 +55,11 @@ def load_flow(
     FileNotFoundError or ValueError, in one sentence, if there is none, or no such average.
     """
     run = Path(run)
-    checkpoints = Checkpoints(run / "checkpoints", keep=1)
-    if not (steps := checkpoints.steps()):
+    checkpoints = Checkpoints(run / "checkpoints")
+    if (newest := checkpoints.newest()) is None:
         raise FileNotFoundError(f"{run}: expected a run of train.flow (checkpoints/step_*), got none")
-    folder = checkpoints.path(steps[-1])
-    config = json.loads((folder / "config.json").read_text())
+    folder = checkpoints.path(newest)
+    config = load_json(folder / "config.json")
     if config.get("format") != FLOW_FORMAT:
         raise ValueError(f"{folder}: expected a checkpoint of train.flow, got format {config.get('format')!r}")
     decays = config["train"]["ema_decays"]

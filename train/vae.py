@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import time
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from flux2.linear_code import LinearCode, fit_context_decoder, fit_linear_code, 
 from flux2.metrics import psnr
 from flux2.rae import RAE, RAEConfig
 from kernels.dispatch import resolve
+from train import dist
 from train.configs import RunOptions, describe, differences, to_dict
 from train.data import (
     Augmentation,
@@ -28,7 +30,7 @@ from train.data import (
     open_pictures,
     training_pixels,
 )
-from train.loop import choose_device, choose_precision, cpp_compiler
+from train.loop import choose_precision, cpp_compiler
 from train.report import write_report
 from train.run import Run, exit_code
 from train.vae_config import VaeConfig, parse_vae
@@ -41,7 +43,7 @@ STATISTICS_CROPS = 1024  # that latent statistics are fitted on
 
 @torch.no_grad()
 def reconstruct_uint8(ae: AutoEncoder | RAE, images: Tensor, *, batch: int = 32) -> Tensor:
-    """uint8 [N, 3, H, W] of any size -> reconstructions, uint8 of the same shape, on the CPU; in the weights' dtype."""
+    """uint8 [N, C, H, W] of any size -> reconstructions, uint8 of the same shape, on the CPU; in the weights' dtype."""
     device = next(ae.parameters()).device
     parts = [to_uint8(ae.reconstruct(from_uint8(part.to(device)))).cpu() for part in images.split(batch)]
     return torch.cat(parts)
@@ -58,7 +60,7 @@ def fit_pca(config: VaeConfig, crops: CropBatches) -> tuple[LinearCode, Tensor]:
     """All principal components of the autoencoder's blocks, and the pixels of `crops` they were fitted on."""
     x = training_pixels(crops, FITTED_PIXELS // config.resolution**2)
     shape = config.autoencoder
-    return fit_linear_code(x, num_components=3 * shape.downsample**2, block=shape.downsample), x
+    return fit_linear_code(x, num_components=shape.channels * shape.downsample**2, block=shape.downsample), x
 
 
 def usable_compiler(device: torch.device) -> bool:
@@ -90,8 +92,13 @@ def start_from(config: VaeConfig, trainer: VaeTrainer, crops: CropBatches) -> No
 
 
 def train(config: VaeConfig, options: RunOptions) -> int:
+    """Runs `config`, under torchrun as one of its processes; as `train_on`."""
+    with dist.joined(options.device, options.peer_timeout) as device:
+        return train_on(device, config, options)
+
+
+def train_on(device: torch.device, config: VaeConfig, options: RunOptions) -> int:
     """Runs `config`; returns the exit code (0, or 128 + signal after an interruption that was saved)."""
-    device = choose_device(options.device)
     resolve("--backend", options.backend, torch.empty(1, device=device))  # a ValueError before anything is written
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
     text = describe(config)
@@ -103,20 +110,21 @@ def train(config: VaeConfig, options: RunOptions) -> int:
     if config.train == "decoder" and not config.init and isinstance(config.autoencoder, AutoencoderConfig):
         raise ValueError("--train decoder keeps an encoder that is trained already: give it with --init")
     run = Run(options, preset=config.preset, config=to_dict(config))
-    pictures, held_out = open_pictures(config.data, config.held_out)
+    pictures, held_out = open_pictures(config.data, config.held_out, channels=config.autoencoder.channels)
     compiled = options.compile and usable_compiler(device)
     trainer = VaeTrainer(config, device, compiled=compiled, backend=options.backend)
-    dataset = CropBatches(
-        pictures,
-        resolution=config.resolution,
-        batch=config.batch,
-        augmentation=config.augmentation,
+    crops_of = partial(
+        CropBatches, pictures, resolution=config.resolution, batch=config.batch, augmentation=config.augmentation,
         seed=config.seed,
-    )
+        buckets=config.bucket_shapes(),
+    )  # fmt: skip
+    dataset = crops_of(share=trainer.share)
     if run.saved:
         trainer.load(run.saved)
     else:
-        start_from(config, trainer, dataset)
+        fitted = plain_crops(config, pictures) if config.buckets else crops_of()
+        dist.from_main(lambda: start_from(config, trainer, fitted))
+        trainer.copy_from_main()
     crops = held_out_crops(held_out, num_crops=HELD_OUT_CROPS, resolution=_held_out_side(config))
     print(text + f"{len(pictures)} training pictures, {len(held_out)} held out; {device}, {config.precision}")
     run.open(text, device)
@@ -133,17 +141,17 @@ def train(config: VaeConfig, options: RunOptions) -> int:
 
     def save(step: int) -> None:
         fit_statistics([ema.model for ema in trainer.emas], pictures, config)
-        evaluate(step)
-        plain = {"format": FORMAT, "autoencoder": to_dict(config)["autoencoder"]}
-        run.checkpoints.save(step, trainer.tensors(), {**plain, "train": to_dict(config), "step": step})
+        if dist.is_main():
+            evaluate(step)
+        run.save(step, trainer.tensors(), {"format": FORMAT, "autoencoder": to_dict(config)["autoencoder"]})
 
-    if not run.start:
+    if not run.start and dist.is_main():
         evaluate(0)
     began = time.monotonic()
-    data = batches(dataset, run.start, run.stop(config.steps), workers=config.workers)
+    data = partial(batches, dataset, workers=config.workers, bad=run.bad_samples(len(pictures)))
     code = run.loop(trainer, data, steps=config.steps, batch=config.batch, save=save, samples=dataset.names)
-    if code is not None:
-        return code
+    if code is not None or not dist.is_main():
+        return code or 0
     seconds = time.monotonic() - began
     print(f"trained {config.steps - run.start} steps in {seconds:.0f} s; writing the report", flush=True)
     ours = reconstruct_uint8(trainer.ema.model, crops)
@@ -152,6 +160,7 @@ def train(config: VaeConfig, options: RunOptions) -> int:
     quality = write_report(
         run.folder, config=text, ae=trainer.ema.model, crops=crops, ours=ours, code=linear, held_out=held_out
     )
+    run.trackers.close()
     print(f"report: {run.folder / 'report.html'}")
     print(f"held-out PSNR {quality:.2f} dB (EMA, {len(crops)} crops)")
     return 0
@@ -173,14 +182,14 @@ def fit_statistics(models: list[AutoEncoder | RAE], pictures: Pictures, config: 
         return
     crops = plain_crops(config, pictures)
     steps = range(2**31, 2**31 + -(-STATISTICS_CROPS // crops.batch))  # which training never reaches
-    batches = [crops[step] for step in steps]  # read once, for all models
+    batches = [crops[step] for step in steps[dist.rank() :: dist.size()]]  # read once, for all models
     for ae in models:
         device = next(ae.parameters()).device
         fit_latent_statistics(ae, (from_uint8(x.to(device)) for x in batches))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program: exit code 0; 2 on bad input; 130 or 143 after an interruption that was saved."""
+    """The program: exit code 0; 2 on bad input; 130, 143 or 138 after an interruption that was saved."""
     return exit_code(lambda: train(*parse_vae(sys.argv[1:] if argv is None else argv)))
 
 

@@ -12,6 +12,7 @@ from flux2.autoencoder import AUTOENCODERS, AutoencoderConfig
 from flux2.losses import kl_weight_from_ldm
 from flux2.perceptual import LEAST_SIDE
 from flux2.rae import RAES, RAEConfig
+from train.buckets import bucket_shapes
 from train.configs import RunOptions, parse
 from train.data import Augmentation
 from train.schedules import WeightSchedule
@@ -88,15 +89,18 @@ class VaeConfig:
     autoencoder: AutoencoderConfig
     """Shape of the network."""
     data: str = "photographs"
-    """"photographs" (bundled with scikit-image, no download) or a folder of jpg/png/webp, searched recursively."""
+    """"photographs" (bundled with scikit-image, no download), a folder of pictures, searched recursively, tar files, a
+    zip, parquet files or hf:USER/NAME; docs/data.md has examples."""
     held_out: str = ""
-    """Folder of held-out pictures; by default coffee and chelsea, or each 20th picture of --data."""
+    """Held-out pictures, likewise; by default coffee and chelsea, or each 20th picture of --data."""
     init: str = ""
     """Weights to start from: a run, a .safetensors file or a diffusers folder of this shape (fine-tuning)."""
     train: Literal["all", "decoder", "encoder"] = "all"
     """What is trained; the rest stays as it is. decoder keeps the latents, and their statistics, of --init."""
     resolution: int = 64
     """Side of the training crops, pixels."""
+    buckets: int = 0
+    """Shapes of crops of about --resolution squared pixels, tall to wide, a batch of one each; 0 is squares alone."""
     batch: int = 16
     """Crops a step."""
     accumulate: int = 1
@@ -184,7 +188,8 @@ class VaeConfig:
         if bad := [n for n, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)]:
             raise ValueError(f"{bad[0]}: expected a finite number, got {numbers[bad[0]]}")
         weights = tuple(f"{t}_weight" for t in PIXEL_TERMS + LATENT_TERMS)
-        for name in ("warmup", "seed", "workers", "free_bits", "linear_lr", "final_lr", "weight_decay", *weights):
+        counts = ("warmup", "seed", "workers", "buckets")
+        for name in (*counts, "free_bits", "linear_lr", "final_lr", "weight_decay", *weights):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.batch % self.accumulate:
@@ -198,7 +203,8 @@ class VaeConfig:
                 f"eq: expected a probability in [0, 1] and scales in (0, 1], got {self.eq_probability} and"
                 f" {self.eq_scales}"
             )
-        smallest = self.resolution * (min(self.eq_scales) if self.eq_probability else 1.0)
+        narrowest = min((s for shape in self.bucket_shapes() for s in shape), default=self.resolution)
+        smallest = narrowest * (min(self.eq_scales) if self.eq_probability else 1.0)
         needs = (("laplacian", self.laplacian_weight, 16), ("lpips", self.lpips_weight, LEAST_SIDE))
         for name, weight, side in (*needs, ("gan", self.gan.weight, self.gan.least_side)):
             if weight and smallest < side:
@@ -224,6 +230,12 @@ class VaeConfig:
             flags = ", ".join(f"--{t}-weight 0" for t in on)
             raise ValueError(f"train 'decoder' leaves the latent as it is, so that it needs {flags}")
 
+    def bucket_shapes(self) -> list[tuple[int, int]]:
+        """(height, width) of each aspect bucket; none where crops are squares alone."""
+        if not self.buckets:
+            return []
+        return bucket_shapes(self.buckets, resolution=self.resolution, multiple=self.autoencoder.multiple)
+
     def weight(self, term: str) -> float:
         """Weight of a pixel or latent term."""
         return getattr(self, f"{term}_weight")
@@ -245,6 +257,8 @@ class RaeTrainingConfig(VaeConfig):
 
     def _check_shape(self) -> None:
         super()._check_shape()
+        if self.buckets:
+            raise ValueError(f"buckets: an RAE's decoder is of one square grid, expected 0, got {self.buckets}")
         if self.resolution != self.autoencoder.resolution and not self.init:
             raise ValueError(
                 f"resolution: the latent statistics are of --autoencoder.resolution {self.autoencoder.resolution},"
@@ -361,7 +375,7 @@ _DESCRIPTION = """Train an image autoencoder.
 Presets: photos, photos-long, sd, flux.1, flux.2, flux.2-finetune, va-vae, rae, rae-tiny. --preset NAME --help
 shows one's values.
 Writes OUT/NAME/: config.yaml, env.json, log.jsonl, checkpoints/, samples/, report.html.
-Ctrl-C or SIGTERM saves and leaves (exit code 130 or 143); a second Ctrl-C leaves at once.
+Ctrl-C, SIGTERM and SIGUSR1 save and leave (exit code 130, 143, 138); a second one leaves at once.
 """
 
 

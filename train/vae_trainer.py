@@ -25,13 +25,14 @@ from flux2.alignment import AlignmentHead, cosine_alignment, vf_loss
 from flux2.autoencoder import AutoEncoder, AutoencoderConfig, Posterior
 from flux2.ema import EMA
 from flux2.equivariance import Transform, draw
-from flux2.images import from_uint8
+from flux2.images import as_rgb, from_uint8
 from flux2.latents import patchify
 from flux2.losses import LogVariance, charbonnier, kl, l1, l2, laplacian_loss
 from flux2.perceptual import LPIPS
 from flux2.rae import RAE, NoisedLatent
 from flux2.teachers import Teacher, build_teacher
 from kernels.philox import normal, uniform
+from train import dist
 from train.adversary import Adversary
 from train.data import STREAM_EQUIVARIANCE, STREAM_NOISE_LEVEL, STREAM_POSTERIOR
 from train.guards import GuardedOptimiser
@@ -55,6 +56,7 @@ class VaeTrainer:
     """Model, averaged models, teacher, discriminator and optimisers of one run; `step` is one update of each."""
 
     teacher: Teacher  # where the latent is aligned
+    watched = "recon"
     phase = staticmethod(torch.profiler.record_function)  # what a profile calls each part of a step
 
     def __init__(self, config: VaeConfig, device: torch.device, *, compiled: bool, backend: str = "auto") -> None:
@@ -84,11 +86,15 @@ class VaeTrainer:
         self.lr = 0.0
         # each phase that holds a network is a function of its own, without graph breaks where it is compiled
         wrap = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
-        if compiled:  # one graph a size of EQ-VAE's, and a few for gradients switched on and off
-            torch._dynamo.config.recompile_limit = max(8, 2 * (len(config.eq_scales) + 2))
+        if compiled:  # one graph a bucket and size of EQ-VAE's, and a few for gradients switched on and off
+            shapes = max(1, len(config.bucket_shapes()))
+            torch._dynamo.config.recompile_limit = max(8, 2 * shapes * (len(config.eq_scales) + 2))
         self._encode, self._decode = wrap(self.encode), wrap(self.decode)
         self._pixels, self._tokens = wrap(self.pixel_terms), wrap(self.tokens)
         self._frozen_latent = wrap(self.frozen_latent)
+        self._encode = dist.replicated(self._encode, self.ae.encoder)
+        self._decode = dist.replicated(self._decode, self.ae.decoder)
+        self.share = dist.Share(batch=config.batch, parts=config.accumulate)
         if config.gan.weight:
             self.adversary = Adversary(config, device, wrap)
             self.guards["discriminator"] = self.adversary.guard
@@ -133,14 +139,14 @@ class VaeTrainer:
 
     def tokens(self, x: Tensor) -> Tensor:
         with self.autocast():
-            return self.teacher(x)
+            return self.teacher(as_rgb(x))
 
     def pixel_terms(self, recon: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """Pixels [N, 3, H, W] both -> the reconstruction terms that have a weight, fp32 scalars, unweighted."""
+        """Pixels [N, C, H, W] both -> the reconstruction terms that have a weight, fp32 scalars, unweighted."""
         terms = {name: f(recon, x) for name, f in PIXEL_LOSSES.items() if self.config.weight(name)}
         if self.lpips is not None:
             with self.autocast():
-                terms["lpips"] = self.lpips(recon, x)
+                terms["lpips"] = self.lpips(as_rgb(recon), as_rgb(x))
         return terms
 
     # One update
@@ -174,7 +180,7 @@ class VaeTrainer:
         return draw(u, probability=probability, scales=config.eq_scales)
 
     def step(self, step: int, batch: Tensor) -> dict[str, Tensor]:
-        """One update on uint8 [N, 3, R, R]: detached scalars by name.
+        """One update on this process's share of a batch, uint8 [N, 3, R, R]: detached scalars of the whole, by name.
 
         Each term unweighted; "recon", the weighted sum of the pixel terms; "loss", that of all terms, with the learned
         scale of recon; "grad_norm".
@@ -187,30 +193,34 @@ class VaeTrainer:
             group["lr"] = self.lr * group["rate"]
         judged: list[dict[str, Tensor]] = []
         terms: list[dict[str, Tensor]] = []
-        transform, size = self.transform(step), config.batch // config.accumulate
-        for part, x_part in enumerate(x.split(size)):
-            share = len(x_part) / len(x)
-            target, recon, found = self.generate(step, part * size, x_part, transform, share)
+        transform, share = self.transform(step), 1 / config.accumulate
+        for first, x_part in zip(self.share.firsts(), x.split(self.share.piece), strict=True):
+            with dist.accumulating(self._encode, self._decode, last=first == self.share.firsts()[-1]):
+                target, recon, found = self.generate(step, first, x_part, transform, share)
             terms.append(found)
             if self.adversary is not None and self.adversary.start.trains_discriminator(step):
                 with self.phase("discriminator, for itself"):
-                    judged.append(self.adversary.judge(step, part * size, target, recon.float(), share))
-        out = _mean(terms)
+                    last = first == self.share.firsts()[-1]
+                    judged.append(self.adversary.judge(step, first, target, recon.float(), share, last=last))
         with self.phase("updates and averages"):
-            self._update(step, out, judged, rate)
-        return out
+            return self._update(step, _mean(terms), judged, rate)
 
-    def _update(self, step: int, terms: dict[str, Tensor], judged: list[dict[str, Tensor]], rate: float) -> None:
-        """Both optimisers and the averages; adds what they say to `terms`."""
+    def _update(
+        self, step: int, own: dict[str, Tensor], judged: list[dict[str, Tensor]], rate: float
+    ) -> dict[str, Tensor]:
+        """Both optimisers and the averages; all terms, averaged over all processes, with what the optimisers say."""
+        terms, ranks = dist.mean_terms(own, DERIVED)
         watched = {n: t for n, t in terms.items() if n not in DERIVED}  # so that what broke is named, not what follows
-        terms["grad_norm"] = self.guards["autoencoder"].update(step, watched)
+        dist.average(p.grad for p in self.extra.parameters() if p.grad is not None)  # the rest: while it was computed
+        terms["grad_norm"] = self.guards["autoencoder"].update(step, watched, ranks)
         if self.adversary is not None:
             self.adversary.start.observe(step, terms["recon"])
             if judged:
-                seen = _mean(judged)
-                terms |= seen | {"d_grad_norm": self.adversary.update(step, seen, rate)}
+                seen, ranks = dist.mean_terms(_mean(judged))
+                terms |= seen | {"d_grad_norm": self.adversary.update(step, seen, rate, ranks)}
         for ema in self.emas:
             ema.update(self.ae, step)
+        return terms
 
     def generate(
         self, step: int, first: int, x: Tensor, transform: Transform | None, share: float
@@ -281,8 +291,8 @@ class VaeTrainer:
             with self.phase("discriminator, for the autoencoder"):
                 fooled, of_gan = self.adversary.gradient(step, first, recon.float())
             with self.phase("adaptive weight"):
-                own = self.ae.last_layer_grad_norm(features, gradient)
-                other = self.ae.last_layer_grad_norm(features, of_gan)
+                own = dist.mean(self.ae.last_layer_grad(features, gradient)).norm()
+                other = dist.mean(self.ae.last_layer_grad(features, of_gan)).norm()
             adaptive = torch.ones_like(own)
             if config.gan.adaptive:
                 adaptive = adaptive_weight(own, other, eps=config.gan.adaptive_eps)
@@ -346,7 +356,7 @@ class VaeTrainer:
     def _encoder_norm(self, features: Tensor, z: Tensor, leaf: Tensor, on_z: Tensor) -> Tensor:
         (on_moments,) = torch.autograd.grad(z, leaf, on_z, retain_graph=True)
         assert isinstance(self.ae, AutoEncoder)
-        return self.ae.encoder_grad_norm(features, on_moments)
+        return dist.mean(self.ae.encoder_grad(features, on_moments)).norm()
 
     # For the run
 
@@ -380,6 +390,13 @@ class VaeTrainer:
             self.extra.load_state_dict(tensors["extra"])
         if self.adversary is not None:
             self.adversary.load(tensors)
+
+    def copy_from_main(self) -> None:
+        """Takes over process 0's weights, as they are before the first step."""
+        parts: list[nn.Module] = [self.ae, self.extra, *(ema.model for ema in self.emas)]
+        if self.adversary is not None:
+            parts.append(self.adversary.discriminator)
+        dist.copy_from_main(t for part in parts for t in part.state_dict().values())
 
 
 def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flux2 import AUTOENCODERS, AutoEncoder, AutoencoderConfig, load_autoencoder, save_autoencoder
+from flux2.checkpoint_folders import Checkpoints
 from flux2.checkpoints import (
     config_from_dict,
     config_to_dict,
     diffusers_key,
     infer_config,
     load_tensors,
-    save_json,
     save_tensors,
 )
 
@@ -118,20 +118,20 @@ def test_missing_batch_counter_is_filled_in(tiny, tmp_path):
     assert load_autoencoder(tmp_path / "a.safetensors").bn.num_batches_tracked == 0
 
 
-def checkpoint(folder, ae, names=("ema", "model"), **config):
-    for name in names:
-        save_tensors(folder / f"{name}.safetensors", ae.state_dict())
-    save_json(folder / "config.json", {"format": "flux2-tokenizer", "autoencoder": config_to_dict(ae.cfg)} | config)
-
-
-def test_run_folder_gives_the_newest_average(tiny, tmp_path):
-    checkpoint(tmp_path / "checkpoints" / "step_00000010", AutoEncoder(TINY))
-    newest = tmp_path / "checkpoints" / "step_00000020"
-    checkpoint(newest, AutoEncoder(TINY), names=("model",))
-    save_tensors(newest / "ema.safetensors", tiny.state_dict())
-    (tmp_path / "checkpoints" / "step_00000030").mkdir()  # killed before it was complete
-    for path in (tmp_path, tmp_path / "checkpoints", newest):
+def test_run_folder_gives_the_newest_average(tiny, tmp_path, capsys):
+    config = {"format": "flux2-tokenizer", "autoencoder": config_to_dict(TINY)}
+    store, other = Checkpoints(tmp_path / "checkpoints", keep=9), AutoEncoder(TINY).state_dict()
+    store.save(10, {"model": other, "ema": other}, config)
+    store.save(20, {"model": other, "ema": tiny.state_dict()}, config)
+    for path in (tmp_path, tmp_path / "checkpoints", store.path(20)):
         assert same(tiny.state_dict(), load_autoencoder(path).state_dict())
+    store.save(30, {"model": other, "ema": other}, config)
+    with (store.path(30) / "ema.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert same(tiny.state_dict(), load_autoencoder(tmp_path).state_dict())
+    assert "step_00000030/ema.safetensors: expected" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="step_00000030/ema.safetensors: expected .* bytes, got 1000"):
+        load_autoencoder(store.path(30))
 
 
 def test_pipeline_folder_gives_its_vae(tmp_path):

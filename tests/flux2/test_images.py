@@ -161,7 +161,7 @@ def test_pixels_round_trip_and_round():
     assert to_uint8(torch.tensor([100.4, 100.6]) / 127.5 - 1).tolist() == [100, 101]
     assert to_pixels(every[None]).shape == (1, 3, 16, 16)
     assert torch.equal(from_uint8(to_uint8(x)), x)
-    with pytest.raises(ValueError, match=r"expected uint8 \[H, W, 3\]"):
+    with pytest.raises(ValueError, match=r"expected uint8 \[H, W, C\]"):
         to_pixels(every.astype(np.float32))
 
 

@@ -170,7 +170,7 @@ def test_last_layer_grad_norm_is_autograd_s(rae):
     z, weight = torch.randn(2, 192, 4, 4), torch.randn(2, 3, 64, 64)
     recon, h = rae.decode_with_features(z)
     (expected,) = torch.autograd.grad((recon * weight).sum(), rae.decoder.pred.weight)
-    torch.testing.assert_close(rae.last_layer_grad_norm(h, weight), expected.norm(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(rae.last_layer_grad(h, weight).norm(), expected.norm(), rtol=1e-5, atol=0)
 
 
 def test_fitted_statistics_are_of_each_position(rae):

@@ -8,6 +8,7 @@ import json
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -30,6 +31,12 @@ class Soak:
     def found(self, promise: str, **figures: float | int | str) -> None:
         """What the test promises, in a sentence, and what it counted or measured."""
         self.promise, self.figures = promise, figures
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_running():
+    yield
+    programs.stop_all()
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from flux2.images import from_uint8
 from flux2.teachers import HOGTeacher
 from train import cache
 from train.cache import LatentCache, fingerprint
-from train.data import centre_square, class_names, main, open_pictures
+from train.crops import centre_square
+from train.data import class_names, main, open_pictures
 
 TOY = AutoencoderConfig(
     z_channels=4, ch=4, decoder_ch=4, ch_mult=(1, 1, 1, 1), num_res_blocks=1, num_groups=2, latent_norm="batchnorm"

@@ -19,7 +19,8 @@ from flux2.tensor_files import load_tensors
 from train import cache, cell_data
 from train.cache import LatentCache
 from train.cell_data import PROBE_STEP, Crops, fixed_crops, load_latents, make_latents, reference_moments
-from train.data import Augmentation, CropBatches, centre_square
+from train.crops import Augmentation, centre_square
+from train.data import CropBatches
 from train.loop import Interrupted
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def test_fixed_crops_are_the_same_for_every_call_and_begin_alike(monkeypatch):
 def test_fixed_crops_are_never_those_of_training():
     pictures = CROPS.pictures()[0]
     config = cache.CacheConfig(autoencoder="", out=Path(), resolution=32, crops=20, crop_scale=CROPS.crop_scale)
-    cached = torch.stack([cache._pixels(config, pictures, i) for i in range(20 * len(pictures))])
+    cached = torch.stack([cache._pixels(config, pictures[i // 20], i) for i in range(20 * len(pictures))])
     augmentation = Augmentation(crop_scale=CROPS.crop_scale)  # of the training of an autoencoder
     drawn = CropBatches(pictures, resolution=32, batch=64, augmentation=augmentation, seed=0)
     trained = as_set(cached) | as_set(cached.flip(3)) | as_set(torch.cat([drawn[step] for step in range(4)]))

@@ -5,18 +5,18 @@ import pytest
 import torch
 from PIL import Image
 
+from train.crops import Augmentation, crop_of
 from train.data import (
     HELD_OUT_PHOTOGRAPHS,
-    Augmentation,
     CropBatches,
     Pictures,
     batches,
-    crop_of,
     embedded_photographs,
     held_out_crops,
     open_pictures,
     training_pixels,
 )
+from train.sources import Files
 
 FULL = Augmentation(crop_scale=(0.5, 2.0), rotate=True, colour=0.3)
 
@@ -134,9 +134,7 @@ def test_folder_errors_are_one_sentence(tmp_path):
         open_pictures(str(tmp_path / "missing"))
     (tmp_path / "a.jpg").write_text("not a picture")
     with pytest.raises(ValueError, match=r"a\.jpg"):
-        CropBatches(Pictures([tmp_path / "a.jpg"], in_memory=False), resolution=8, batch=1, augmentation=FULL, seed=0)[
-            0
-        ]
+        CropBatches(Pictures(Files([tmp_path / "a.jpg"])), resolution=8, batch=1, augmentation=FULL, seed=0)[0]
 
 
 def test_training_pixels_are_outside_the_run():

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from flux2 import AutoEncoder, AutoencoderConfig, SiT, load_autoencoder, save_autoencoder
+from flux2.checkpoint_folders import Checkpoints
 from flux2.distances import Moments, frechet_distance
 from flux2.features import build_features
 from flux2.images import adm_center_crop, find_images, from_uint8, load_image, save_png, to_array, to_uint8
@@ -16,7 +17,6 @@ from flux2.transformer import TransformerConfig
 from train import evaluate_generate, evaluate_reconstruct, sample
 from train.evaluate import COMMANDS, main
 from train.evaluate_generate import GenerateConfig, Samples
-from train.loop import Checkpoints
 from train.sample import FLOW_FORMAT, load_flow
 
 AE = AutoencoderConfig(

@@ -57,7 +57,7 @@ def gradients(trainer, step, batch):
     for guard in trainer.guards.values():
         real = guard.update
 
-        def update(step, terms, guard=guard, real=real):
+        def update(step, terms, ranks=None, guard=guard, real=real):
             found.update({n: p.grad.clone() for n, p in guard.named.items() if p.grad is not None})
             return real(step, terms)
 

@@ -1,6 +1,5 @@
-"""Checkpoints, logs and folders of a run."""
+"""Logs and folders of a run, interruption, the optimiser's state."""
 
-import json
 import os
 import signal
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from train.loop import (
-    Checkpoints,
     Interrupt,
     Log,
     choose_device,
@@ -20,38 +18,6 @@ from train.loop import (
     parameters_by_rate,
     read_log,
 )
-
-
-def test_checkpoints_keep_the_last_and_are_complete(tmp_path):
-    store = Checkpoints(tmp_path / "c", keep=2)
-    assert store.steps() == []
-    for step in (5, 10, 15):
-        store.save(step, {"model": {"w": torch.full((2,), float(step))}}, {"step": step})
-    assert store.steps() == [10, 15]
-    (tmp_path / "c" / "step_00000020").mkdir()  # no config.json: not a checkpoint
-    assert store.steps() == [10, 15]
-    tensors, config = store.load(15)
-    assert tensors["model"]["w"].tolist() == [15, 15] and config == {"step": 15}
-
-
-def test_a_save_that_fails_leaves_the_older_ones(tmp_path, monkeypatch):
-    store = Checkpoints(tmp_path, keep=1)
-    store.save(1, {"model": {"w": torch.zeros(1)}}, {})
-
-    def full(path, group):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("train.loop.save_tensors", full)
-    with pytest.raises(OSError, match="No space left"):
-        store.save(2, {"model": {"w": torch.ones(1)}}, {})
-    assert store.steps() == [1] and [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
-
-
-def test_what_a_killed_process_left_is_swept(tmp_path):
-    (tmp_path / ".tmp-1-step_00000003").mkdir()
-    Checkpoints(tmp_path, keep=1).save(4, {}, {})
-    assert [p.name for p in tmp_path.iterdir()] == ["step_00000004"]
 
 
 def test_optimiser_state_round_trips_bit_for_bit():
@@ -127,8 +93,3 @@ def test_parameters_are_split_by_module_name():
     groups = dict(parameters_by_rate(model, "shortcut"))
     assert [p.numel() for p in groups[True]] == [1, 1] and [p.numel() for p in groups[False]] == [4, 2]
     assert list(dict(parameters_by_rate(model["shortcuts"], "shortcut"))) == [False]
-
-
-def test_checkpoint_config_is_plain_json(tmp_path):
-    Checkpoints(tmp_path, keep=1).save(1, {}, {"format": "flux2-tokenizer"})
-    assert json.loads((tmp_path / "step_00000001" / "config.json").read_text())["format"] == "flux2-tokenizer"

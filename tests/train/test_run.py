@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
-from toy import assert_same_bits, run, saved
+from toy import run, saved
 
 from flux2 import load_autoencoder
+from flux2.checkpoint_folders import Checkpoints
 from train import adversary, vae, vae_trainer
-from train.loop import Checkpoints, read_log
+from train.loop import read_log
 from train.run import _means
 
 GAN = ["--gan.weight", "0.5", "--gan.width", "8"]
@@ -170,32 +171,3 @@ def test_means_are_of_the_finite_steps_that_have_a_term():
     window = [{"a": torch.tensor(1.0), "b": torch.tensor(float("nan"))}, {"a": torch.tensor(float("inf"))}]
     assert _means([*window, {"a": torch.tensor(2.0), "c": torch.tensor(5)}]) == {"a": 1.5, "c": 5.0}
     assert _means([]) == {}
-
-
-EVERYTHING = [
-    *("--gan.weight", "0.5", "--gan.width", "8", "--gan.norm", "batch", "--gan.lecam", "0.1", "--gan.augment", "1"),
-    *("--gan.r1", "0.1", "--gan.r1-every", "3", "--gan.start.when", "plateau", "--gan.start.window", "2"),
-    *("--gan.start.threshold", "0.99", "--gan.start.step", "4", "--gan.start.warmup", "2", "--gan.start.ramp", "2"),
-    *("--lpips-weight", "1", "--lpips-net", "alex", "--lpips-weights", "random", "--learn-logvar"),
-    *("--vf-weight", "0.1", "--eq-probability", "0.5", "--eq-scales", "1.0", "--ema-decays", "0.9", "0.5"),
-    *("--schedules", "lpips=0:0,1:1", "gan=0.5:1,1:2"),
-]
-
-
-def test_resume_is_bit_exact_with_everything_on(tmp_path):
-    """Stopped inside a plateau's window, where the discriminator's start was just decided, and while it warms up"""
-    flags = [*EVERYTHING, "--steps", "12", "--warm-start", "none"]
-    assert run(tmp_path, *flags, "--name", "whole", "--stop-after", "10") == 0
-    for stop in ("3", "4", "5", "10"):
-        assert run(tmp_path, *flags, "--name", "parts", "--stop-after", stop, "--resume", "auto") == 0
-    files = saved(tmp_path / "whole")
-    assert {n.removesuffix(".safetensors") for n in files} == {
-        "model", "ema", "ema_0.5", "optimiser", "extra", "discriminator", "discriminator_optimiser",
-        "discriminator_state",
-    }  # fmt: skip
-    assert_same_bits(files, saved(tmp_path / "parts"))
-    assert files["discriminator_state.safetensors"]["started_at"] == 4
-    whole, parts = (records(tmp_path / name, "loss") for name in ("whole", "parts"))
-    assert "gan" in whole[-1] and parts[-1]["step"] == 10
-    assert all("d_loss" not in r for r in parts if r["step"] <= 4) and "d_loss" in parts[2]
-    assert {"held_out_psnr", "held_out_psnr_0.5"} <= records(tmp_path / "whole", "held_out_psnr")[-1].keys()

@@ -14,13 +14,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from toy import TOY, assert_same_bits, run, saved
+from toy import TOY, run, saved
 
 from flux2 import load_autoencoder
+from flux2.checkpoint_folders import Checkpoints
 from flux2.latents import patchify
 from train import vae
 from train.data import CropBatches, embedded_photographs
-from train.loop import Checkpoints, read_log
+from train.loop import read_log
 from train.vae import main
 from train.vae_config import parse_vae
 
@@ -85,18 +86,6 @@ def test_the_result_loads_and_its_latents_are_normalised(tmp_path, monkeypatch):
     assert not any(torch.equal(a, b) for a, b in [(ae.bn.running_var, torch.ones(128))])
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_resume_is_bit_exact(tmp_path, workers):
-    flags = ["--steps", "6", "--workers", workers]
-    assert run(tmp_path, *flags, "--name", "whole") == 0
-    assert run(tmp_path, *flags, "--name", "halves", "--stop-after", "3") == 0
-    assert Checkpoints(tmp_path / "halves" / "checkpoints", keep=9).steps()[-1] == 3
-    assert run(tmp_path, *flags, "--name", "halves", "--resume", "auto") == 0
-    assert_same_bits(saved(tmp_path / "whole"), saved(tmp_path / "halves"))
-    steps = [r["step"] for r in read_log(tmp_path / "halves" / "log.jsonl") if "loss" in r]
-    assert steps == sorted(set(steps)) and steps[-1] == 6
-
-
 def test_another_seed_is_another_run(tmp_path):
     run(tmp_path, "--steps", "3", "--name", "a", "--stop-after", "2")
     run(tmp_path, "--steps", "3", "--name", "b", "--seed", "1", "--stop-after", "2")
@@ -105,13 +94,6 @@ def test_another_seed_is_another_run(tmp_path):
         a["model.safetensors"]["encoder.mid.block_1.conv1.weight"],
         b["model.safetensors"]["encoder.mid.block_1.conv1.weight"],
     )
-
-
-def test_resume_refuses_another_config_key_by_key(tmp_path, capsys):
-    run(tmp_path, "--steps", "4", "--name", "x", "--stop-after", "1")
-    assert run(tmp_path, "--steps", "8", "--lr", "0.5", "--name", "x", "--resume", "auto") == 2
-    error = capsys.readouterr().err
-    assert "lr: saved 0.001, now 0.5" in error and "steps: saved 4, now 8" in error and error.count("saved") == 2
 
 
 def test_resume_of_nothing_starts_and_names_are_not_taken_twice(tmp_path, capsys):

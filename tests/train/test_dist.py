@@ -1,0 +1,46 @@
+"""Shares of a batch, and what a process does alone."""
+
+import pytest
+import torch
+
+from train import dist
+from train.dist import Agreement, Share
+
+
+def shares(monkeypatch, count, **fields):
+    monkeypatch.setattr(dist, "size", lambda: count)
+    return Share(**fields)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (2, 3)])
+def test_shares_are_the_batch_and_each_part_is_a_part_of_it(monkeypatch, count, parts):
+    share = shares(monkeypatch, count, batch=24, parts=parts)
+    assert sorted(i for r in range(count) for i in share.samples(r)) == list(range(24))
+    for part in range(parts):
+        found = sorted(first + i for r in range(count) for first in [share.firsts(r)[part]] for i in range(share.piece))
+        assert found == list(range(part * 24 // parts, (part + 1) * 24 // parts))  # as of one process
+    assert share.of_processes([0]) == share.samples(0) and share.of_processes([]) == list(range(24))
+
+
+def test_batch_that_cannot_be_shared_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"multiple of 8 \(2 parts, 4 processes\), got 20"):
+        shares(monkeypatch, 4, batch=20, parts=2)
+
+
+def test_alone_everything_is_the_identity():
+    terms = {"a": torch.tensor(1.0), "b": torch.tensor(float("nan"))}
+    means, ranks = dist.mean_terms(terms)
+    assert means == terms and ranks is None
+    x, f = torch.arange(3.0), torch.sin
+    assert dist.mean(x) is x and dist.gathered(x) is x and dist.replicated(f, torch.nn.Linear(2, 2)) is f
+    assert dist.from_main(lambda: 7) == 7 and Agreement().of(15) == 15 and dist.is_main() and dist.label() == ""
+    dist.average([x])
+    assert x.tolist() == [0, 1, 2]
+
+
+def test_device_is_chosen_as_ever_without_torchrun(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with dist.joined("cpu") as device:
+        assert device.type == "cpu" and dist.size() == 1
+    with pytest.raises(ValueError, match="device"), dist.joined("nonsense"):
+        pass
