@@ -147,8 +147,9 @@ def table(results: dict[str, Any]) -> str:
         seconds = f"{row['seconds']:.{0 if row['seconds'] >= 100 else 1}f}"
         out.append(f"| {row['model']} | {picture} | {NAMES[row['way']]} | {peak} | {bound} | {seconds} | {error} |")
     env = results["environment"]
+    commits = " and ".join(sorted({row["commit"] for row in results["rows"].values()}))
     packages = f"torch {env['packages']['torch']}, diffusers {env['packages']['diffusers']}"
-    return "\n".join(out) + f"\n\n{env['device']}, threads {env['threads']}, {packages}, commit {env['commit']}.\n"
+    return "\n".join(out) + f"\n\n{env['device']}, threads {env['threads']}, {packages}, commit {commits}.\n"
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
     python -m train.vae --name untiled --autoencoder.shortcut none --warm-start none --align-weight 0 --lr 3e-3 \\
         --batch 8 --steps 400
-    python docs/make_high_resolution.py runs/untiled
+    python docs/make_high_resolution.py runs/untiled     # without a run: only the tables of docs/high-resolution.md
 
 The model is FLUX.2's topology at an eighth of its width and with one block a level less, so that diffusers loads it and
 a CPU trains it in minutes. The photograph is scikit-image's retina, 1408 pixels; diffusers' tiles have the size that
@@ -24,13 +24,15 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from high_resolution import NAMES, measured, tiled  # noqa: E402 - after the path
+import high_resolution  # noqa: E402 - after the path
+from high_resolution import NAMES, measured, tiled  # noqa: E402
 
 from flux2 import load_autoencoder  # noqa: E402
 from flux2.images import to_pixels  # noqa: E402
 from flux2.tensor_files import save_json  # noqa: E402
 
 SIDE, TIMES = 1408, 8
+PAGE = ROOT / "docs" / "high-resolution.md"
 PICTURE, RESULTS = (
     ROOT / "docs" / "high-resolution.png",
     ROOT / "benchmarks" / "results" / "high-resolution-picture.json",
@@ -52,14 +54,14 @@ def decoded(run: str, way: str, latents: str) -> tuple[np.ndarray, int]:
     return ((x[0].permute(1, 2, 0).clamp(-1, 1).double() + 1) * 127.5).numpy(), held
 
 
-def main() -> int:
+def draw(run: str) -> None:
+    """The picture, and its figures."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from skimage import data
 
-    run = sys.argv[1]
     ae = load_autoencoder(run)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         z = ae.posterior(to_pixels(data.retina()[:SIDE, :SIDE])[None], "low").mode()
@@ -85,7 +87,25 @@ def main() -> int:
     environment = json.loads((Path(run) / "env.json").read_text())
     environment.pop("command")  # may name folders of the machine
     save_json(RESULTS, {"side": SIDE, "environment": environment, "rows": rows})
-    print(json.dumps(rows, indent=1))
+
+
+def filled(text: str) -> str:
+    """The page with the tables of the results between its marks."""
+    rows = json.loads(RESULTS.read_text())["rows"]
+    lines = [f"| {SIDE} x {SIDE}, fp32 | largest error, 8-bit levels | peak, MiB |", "|---|---|---|"]
+    for way, row in rows.items():
+        lines.append(f"| {NAMES[way]} | {row['largest_error_levels']:.2g} | {row['held_bytes'] / 2**20:,.0f} |")
+    measured_rows = high_resolution.table(json.loads(high_resolution.RESULTS.read_text()))
+    for name, table in (("picture", "\n".join(lines) + "\n"), ("rows", measured_rows)):
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        text = text[: text.index(start) + len(start)] + table + text[text.index(end) :]
+    return text
+
+
+def main() -> int:
+    if len(sys.argv) > 1:
+        draw(sys.argv[1])
+    PAGE.write_text(filled(PAGE.read_text()))
     return 0
 
 

@@ -100,7 +100,11 @@ class Conv:
         held = rows if self._tail is None else torch.cat((self._tail, rows), 2)
         held = F.pad(held, (0, 0, int(above), int(last))) if above or last else held
         done = (held.shape[2] - 3) // self.stride + 1
-        self._tail = held[:, :, done * self.stride :].clone()
+        rest = held[:, :, done * self.stride :]
+        if self._tail is not None and self._tail.shape == rest.shape:
+            self._tail.copy_(rest)  # in its place: small blocks that outlive bands leave gaps between them
+        else:
+            self._tail = rest.clone()
         return self._convolve(held)
 
     def _convolve(self, held: Tensor) -> Tensor:
@@ -169,8 +173,9 @@ class Feature:
 class Sink:
     """Takes rows in order, into a map of `shape` that it makes with the first of them, or into one that is there."""
 
-    def __init__(self, shape: tuple[int, int, int, int], into: Tensor | None = None) -> None:
-        self.shape, self.map, self.filled, self.moments = shape, into, 0, Moments()
+    def __init__(self, shape: tuple[int, ...], into: Tensor | None = None, moments: bool = True) -> None:
+        self.shape, self.map, self.filled = shape, into, 0
+        self.moments = Moments() if moments else None
 
     def put(self, rows: Tensor, added: Tensor | None = None) -> None:
         """rows + added"""
@@ -179,10 +184,12 @@ class Sink:
         room = self.map[:, :, self.filled : self.filled + rows.shape[2]]
         room.copy_(rows if added is None else rows.add_(added))
         self.filled += rows.shape[2]
-        self.moments.add(room)
+        if self.moments is not None:
+            self.moments.add(room)
 
     def feature(self, num_groups: int) -> Feature:
-        assert self.map is not None and self.filled == self.shape[2]
+        """The map, once all rows have come, with its statistics."""
+        assert self.map is not None and self.moments is not None and self.filled == self.shape[2]
         return Feature(self.map, self.moments.stats(num_groups, self.map.dtype))
 
 
@@ -207,14 +214,14 @@ def _res_block(block: ResBlock, x: Feature, most: int) -> Feature:
         x.store(groups)
     stats1 = _stats(x, groups) if x.stats is None else x.stats
     in_place = x.stage is None and block.same_width and x.stored.numel() + out > most
-    first, hidden, moments = Conv(block.conv1, block.norm1, stats1, block.backend), Sink(shape), Moments()
+    first, moments = Conv(block.conv1, block.norm1, stats1, block.backend), Moments()
+    hidden = Sink(shape, moments=False)
     for rows, last in x.bands():
         h = first.push(rows, last)
-        if in_place:
-            moments.add(h)
-        else:
+        moments.add(h)
+        if not in_place:
             hidden.put(h)
-    stats2 = (moments if in_place else hidden.moments).stats(groups, h.dtype)
+    stats2 = moments.stats(groups, h.dtype)
     first, second = (
         Conv(conv, norm, stats, block.backend)
         for conv, norm, stats in ((block.conv1, block.norm1, stats1), (block.conv2, block.norm2, stats2))
@@ -254,8 +261,11 @@ def _doubled(block: Upsample, x: Feature) -> Feature:
 
 def _through(x: Feature, conv: nn.Conv2d, norm: nn.GroupNorm, backend: str) -> Tensor:
     """conv(SiLU(norm(x)))"""
-    stage = Conv(conv, norm, x.stats, backend)
-    return torch.cat([stage.push(rows, last) for rows, last in x.bands()], 2)
+    stage, sink = Conv(conv, norm, x.stats, backend), Sink((1, conv.out_channels, *x.shape[2:]), moments=False)
+    for rows, last in x.bands():
+        sink.put(stage.push(rows, last))
+    assert sink.map is not None
+    return sink.map
 
 
 def steps(network: Encoder | Decoder) -> Iterator[nn.Module]:
@@ -305,7 +315,7 @@ def most_elements(network: Encoder | Decoder, height: int, width: int) -> tuple[
 
 
 def most_bytes(network: Encoder | Decoder, height: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that `run` holds at most besides weights, input and result: maps, bands, and the result's rows.
+    """Bytes that `run` holds at most besides weights, input and result: maps, bands, and one picture's result.
 
     height, width: of the network's own input, pixels or raw latents.
     """
@@ -321,7 +331,8 @@ def run(network: Encoder | Decoder, x: Tensor) -> Tensor:
     shortcut): x [N, C, h, w], one picture after another -> as `network.conv_out` gives it. For inference only: under
     torch.no_grad(), it writes over its own intermediate results.
     """
-    return torch.cat([_one(network, sample) for sample in x.split(1)])
+    parts = [_one(network, sample) for sample in x.split(1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _one(network: Encoder | Decoder, sample: Tensor) -> Tensor:
