@@ -44,7 +44,7 @@ class RunOptions:
     rollback: float = 0.0
     """Go back to the checkpoint before, and on with other samples, where the loss rises above this multiple of its
     median or --patience is reached; 0 is never."""
-    peer_timeout: float = 1800.0
+    peer_timeout: float = 600.0
     """Seconds that a process of several waits for another before that counts as lost, and the run starts again."""
     max_bad: float = 0.01
     """Share of the pictures that may be unreadable (three always may) before the run stops; each is passed over and

@@ -69,7 +69,7 @@ def is_loss_of_a_process(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def joined(device: str, timeout: float = 1800.0) -> Iterator[torch.device]:
+def joined(device: str, timeout: float = 600.0) -> Iterator[torch.device]:
     """The device to train on; under torchrun as one of its processes, of which all but the first print nothing.
 
     device: auto takes GPU number LOCAL_RANK. timeout: seconds to wait for another process before it counts as lost.

@@ -6,7 +6,8 @@ import signal
 import programs
 from toy import assert_same_bits
 
-FLAGS = ("--batch", "8", "--repa", "hog", "--steps", "100", "--save-every", "20")
+# a restart in which the processes do not find each other is tried again after the timeout
+FLAGS = ("--batch", "8", "--repa", "hog", "--steps", "100", "--save-every", "20", "--peer-timeout", "30")
 
 
 def test_killed_process_is_started_again_to_the_same_bits(soak, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from train.loop import read_log
 from train.scaling import ddp_bytes
 
-FLAGS = ("--batch", "8", "--steps", "100000", "--save-every", "20", "--peer-timeout", "60")
+FLAGS = ("--batch", "8", "--steps", "100000", "--save-every", "20", "--peer-timeout", "30")
 
 
 def ip(*arguments):
