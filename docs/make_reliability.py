@@ -16,7 +16,9 @@ def table(results: dict) -> str:
         figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row["figures"].items())
         file, name = row["test"].removeprefix("tests/reliability/").split("::", 1)
         length = row.get("length", results.get("length"))
-        lines.append(f"| {row['promise']} | {figures} | {length} | `{file}`: {name.split('[')[0].removeprefix('test_')} |")
+        lines.append(
+            f"| {row['promise']} | {figures} | {length} | `{file}`: {name.split('[')[0].removeprefix('test_')} |"
+        )
     machine = results["environment"]
     seconds = sum(row["seconds"] for row in results["rows"])
     about = f"{machine['processor']}, {machine['threads']} thread, torch {machine['packages']['torch']}"

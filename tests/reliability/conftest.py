@@ -58,6 +58,13 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.fixture
+def takes_restarts(request):
+    """Skips, visibly, outside of `make soak`: a restart of torchrun waits for time-outs on a machine that is loaded."""
+    if not (request.config.getoption("--soak") or request.config.getoption("--figures")):
+        pytest.skip("restarts of torchrun: make soak")
+
+
 def pytest_terminal_summary(terminalreporter, config):
     path, rows = config.getoption("--soak") or config.getoption("--figures"), config.stash.get(FOUND, [])
     if not path or not rows:
