@@ -10,7 +10,7 @@ ARGS ?=
 help:
 	@echo "make train    train the default autoencoder on bundled photographs; ARGS=... is passed on"
 	@echo "make test     run the tests"
-	@echo "make soak     inject every fault many times, about an hour; the figures go to benchmarks/results/soak.json"
+	@echo "make soak     inject every fault many times; the figures go to benchmarks/results/soak.json"
 	@echo "make bench    run the micro-benchmarks"
 	@echo "make bench-guard  fail if an operation got slower against eager torch; ARGS=--update sets the limits anew"
 	@echo "make gpu-report   correctness and speed on this machine's GPU, into benchmarks/results"

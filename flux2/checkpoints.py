@@ -265,13 +265,13 @@ def _read(path: Path, preset: str | None) -> tuple[dict[str, Tensor], Autoencode
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     if (path / MANIFEST).is_file():
-        check(path)
+        check(path, optimisers=False)
     if (path / "config.json").is_file():
         return _read_folder(path, preset)
     if (path / "vae" / "config.json").is_file():  # a whole diffusers pipeline
         return _read_folder(path / "vae", preset)
     for checkpoints in (Checkpoints(path / "checkpoints"), Checkpoints(path)):
-        if (newest := checkpoints.newest()) is not None:
+        if (newest := checkpoints.newest(optimisers=False)) is not None:
             return _read_folder(checkpoints.path(newest), preset)
     raise ValueError(
         f"{path}: expected a diffusers folder (config.json and {DIFFUSERS_WEIGHTS}) or a run of train.vae"

@@ -93,6 +93,5 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backe
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"upsample_conv2d: bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
-    return upsample_padded(
-        F.pad(x, (1, 1, 1, 1)), phase_kernels(weight), bias
-    )  # dense, in the format x's strides suggest
+    padded = F.pad(x, (1, 1, 1, 1))  # dense, in the memory format that x's strides suggest
+    return upsample_padded(padded, phase_kernels(weight), bias)

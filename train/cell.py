@@ -98,8 +98,8 @@ class _Cell:
         data = CachedLatents if self.classes else _Unlabelled
         mirror = config.augmentation.flip and cache.flip
         self.data = data(cache, batch=config.batch, mirror=mirror, seed=config.seed)
-        if run.saved:
-            self.trainer.load(run.saved)
+        if run.start:
+            self.trainer.restore(run.checkpoints.path(run.start))
 
     def file(self, step: int) -> Path:
         return self.run.folder / "evaluations" / f"step_{step:08d}.json"

@@ -45,7 +45,8 @@ class RunOptions:
     """Go back to the checkpoint before, and on with other samples, where the loss rises above this multiple of its
     median or --patience is reached; 0 is never."""
     peer_timeout: float = 600.0
-    """Seconds that a process of several waits for another before that counts as lost, and the run starts again."""
+    """Seconds that a process of several waits for another before that counts as lost, and the run starts again: more
+    than the first takes for what it does alone, as a latent cache or the report."""
     max_bad: float = 0.01
     """Share of the pictures that may be unreadable (three always may) before the run stops; each is passed over and
     listed in bad_samples.jsonl."""

@@ -13,7 +13,6 @@ from flux2.checkpoint_folders import Checkpoints
 from flux2.features import Features, build_features
 from flux2.images import find_images, save_png
 from flux2.samplers import Velocity, classifier_free
-from flux2.tensor_files import load_json
 from train.data import Augmentation
 from train.evaluation import PHOTOGRAPHS, CommonConfig, distances, finish
 from train.loop import choose_device, choose_precision
@@ -183,7 +182,9 @@ def _reference(config: GenerateConfig, features: Features, device: torch.device,
     augmentation = Augmentation(crop_scale=(1.0, 4.0))
     if config.run:
         checkpoints = Checkpoints(Path(config.run) / "checkpoints")
-        trained = load_json(checkpoints.path(checkpoints.steps()[-1]) / "config.json")["train"]
+        newest = checkpoints.newest(optimisers=False)
+        assert newest is not None  # it was loaded
+        trained = checkpoints.config(newest)["train"]
         saved = trained["augmentation"]
         augmentation = Augmentation(**{**saved, "crop_scale": tuple(saved["crop_scale"])})
     if config.crop_scale:

@@ -40,7 +40,7 @@ class FlowRun:
     def __init__(self, config: FlowConfig, options: FlowOptions, run: Run, device: torch.device) -> None:
         self.config, self.options, self.run = config, options, run
         kept = run.folder / AUTOENCODER
-        ae = load_autoencoder(kept) if run.saved else find_autoencoder(config.autoencoder, options.out)
+        ae = load_autoencoder(kept) if run.start else find_autoencoder(config.autoencoder, options.out)
         if config.resolution % ae.cfg.multiple:
             raise ValueError(f"resolution: expected a multiple of {ae.cfg.multiple}, got {config.resolution}")
         self.ae, self.grid = ae.to(device), config.resolution // ae.cfg.multiple
@@ -61,10 +61,8 @@ class FlowRun:
         )
         self.law = make_law(config, self.trainer.shift)  # uniform warns
         self.sample_shift = sampling_shift(options.sample_shift, self.trainer.shift, ae.cfg.latent_channels)
-        if run.saved and self.trainer.sharded:
-            self.trainer.load_sharded(run.checkpoints.path(run.start))
-        elif run.saved:
-            self.trainer.load(run.saved)
+        if run.start:
+            self.trainer.restore(run.checkpoints.path(run.start))
         else:
             self.trainer.copy_from_main()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from flux2.autoencoder import AutoEncoder
+from flux2.checkpoint_folders import read_tensors
 from flux2.ema import EMA
 from flux2.flow import NormalisedVelocityLoss, by_time_bin, velocity_mse
 from flux2.images import from_uint8
@@ -222,8 +223,11 @@ class FlowTrainer:
         parts = [self.model, *(ema.model for ema in self.emas.values()), *([self.projector] if self.projector else [])]
         dist.copy_from_main(t for part in parts for t in part.state_dict().values())
 
-    def load_sharded(self, folder: Path) -> None:
-        """As `load`, from a checkpoint's folder: each process reads its own part."""
+    def restore(self, folder: Path) -> None:
+        """Takes over what `tensors` gave, from a checkpoint's folder; of a spread model each process its own part."""
+        if not self.sharded:
+            self.load(read_tensors(folder))
+            return
         from train.sharding import load_into, load_optimiser
 
         for name, group in self.tensors().items():

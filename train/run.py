@@ -47,8 +47,8 @@ class Trainer(Protocol):
         """Everything a resumed run needs, by checkpoint file."""
         ...
 
-    def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Inverse of `tensors`."""
+    def restore(self, folder: Path) -> None:
+        """Takes over what `tensors` gave, from a checkpoint's folder."""
         ...
 
     def remarks(self, means: Mapping[str, float]) -> dict[str, str]:
@@ -57,7 +57,7 @@ class Trainer(Protocol):
 
 
 class Run:
-    """A new run's folder, or the one that is gone on with: `start` is its step, `saved` its checkpoint's tensors.
+    """A new run's folder, or the one that is gone on with: `start` is its step, 0 of a new one.
 
     config: the plain dict that a resumed run must share with its checkpoint, but for `--allow-changed`. Nothing is
     written before `open`. ValueError if the name is taken, the config is another, no checkpoint is whole, or a tracker
@@ -70,21 +70,18 @@ class Run:
         choose = latest_run_folder if options.resume == "auto" else new_run_folder
         self.folder: Path = dist.from_main(lambda: choose(options.out, options.name, preset))
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=options.keep)
-        self.start, self.saved, self.changed = 0, None, []
+        self.start, self.changed = 0, []
         self.offset = self.rollbacks = 0  # samples of step s are those of item s + offset
         if (newest := dist.from_main(self.checkpoints.newest)) is not None:
             self.start = newest
-            self.saved, plain = self.checkpoints.load(self.start)
-            self._take(plain)
+            plain = self.checkpoints.config(self.start)
+            self.offset, self.rollbacks = plain.get("data_offset", 0), plain.get("rollbacks", 0)
             self.changed = differences(plain["train"], config)
             if refused := [line for line in self.changed if not _is_allowed(line, options.allow_changed)]:
                 raise ValueError(
                     f"{self.folder} was started with another config; {'; '.join(refused)} (--allow-changed KEY lets KEY"
                     " differ)"
                 )
-
-    def _take(self, plain: dict[str, Any]) -> None:
-        self.offset, self.rollbacks = plain.get("data_offset", 0), plain.get("rollbacks", 0)
 
     def open(self, text: str, device: torch.device) -> None:
         """Makes the folder, with the config's `text` and what it runs on, and opens the log. OSError if it cannot."""
@@ -138,8 +135,7 @@ class Run:
         """Steps `start` to `stop(steps)`. None when all `steps` are done, else the exit code.
 
         batches(first, last): the batches of items first .. last - 1. batch: images a step. save(done): writes a
-        checkpoint. samples(item, ranks): names of an item's samples, of those of some
-        processes, for the log.
+        checkpoint. samples(item, ranks): names of an item's samples, or of those of some processes, for the log.
         FloatingPointError when --patience updates in a row were skipped; the state before them is saved. With
         --rollback the run goes back instead, to the newest checkpoint from before, and on with the samples that follow.
         OSError, saying what is there to go on from, where the disk does not take what is written.
@@ -215,11 +211,8 @@ class Run:
             raise FloatingPointError(
                 f"{spike}, after going back {self.rollbacks} times; {self._intact()}. Try a lower --lr"
             )
-        tensors, plain = self.checkpoints.load(step)
-        offset, rollbacks = self.offset, self.rollbacks
-        self._take(plain)
-        self.offset, self.rollbacks = offset + self.reached - step, rollbacks + 1
-        trainer.load(tensors)
+        self.offset, self.rollbacks = self.offset + self.reached - step, self.rollbacks + 1
+        trainer.restore(self.checkpoints.path(step))
         for guard in trainer.guards.values():
             guard.forget()
         self.spikes.forget()

@@ -18,7 +18,7 @@ from flux2.images import save_png, tile, to_array, to_uint8
 from flux2.rae import RAE
 from flux2.samplers import SAMPLERS, Velocity, autoguidance, classifier_free
 from flux2.schedules import sampling_times
-from flux2.tensor_files import load_json, load_tensors
+from flux2.tensor_files import load_tensors
 from flux2.transformer import SiT, TransformerConfig
 from kernels.philox import normal, uniform
 from train.flow_config import sampling_shift
@@ -56,10 +56,10 @@ def load_flow(
     """
     run = Path(run)
     checkpoints = Checkpoints(run / "checkpoints")
-    if (newest := checkpoints.newest()) is None:
+    if (newest := checkpoints.newest(optimisers=False)) is None:
         raise FileNotFoundError(f"{run}: expected a run of train.flow (checkpoints/step_*), got none")
     folder = checkpoints.path(newest)
-    config = load_json(folder / "config.json")
+    config = checkpoints.config(newest)
     if config.get("format") != FLOW_FORMAT:
         raise ValueError(f"{folder}: expected a checkpoint of train.flow, got format {config.get('format')!r}")
     decays = config["train"]["ema_decays"]

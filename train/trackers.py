@@ -7,7 +7,6 @@ newest pictures of the run's samples/ follow when it ends. What a tracker raises
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping
@@ -136,14 +135,14 @@ def require(names: tuple[str, ...]) -> None:
 
 
 class Trackers:
-    """The trackers of a run. Only the first process of a run has any (RANK, as torchrun sets it)."""
+    """The trackers of a run."""
 
     def __init__(self, names: tuple[str, ...], folder: Path, config: Mapping[str, Any], start: int) -> None:
         self.folder, self.step = folder, start
         self.failures = dict.fromkeys(names, 0)
         self._in_a_row = dict.fromkeys(names, 0)
         self._open: dict[str, Tracker] = {}
-        for name in names if int(os.environ.get("RANK", "0")) == 0 else ():
+        for name in names:
             self._try(name, lambda name=name: self._open.update({name: TRACKERS[name](folder, config, start)}))
 
     def _try(self, name: str, call: Callable[[], None]) -> None:

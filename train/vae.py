@@ -115,12 +115,11 @@ def train_on(device: torch.device, config: VaeConfig, options: RunOptions) -> in
     trainer = VaeTrainer(config, device, compiled=compiled, backend=options.backend)
     crops_of = partial(
         CropBatches, pictures, resolution=config.resolution, batch=config.batch, augmentation=config.augmentation,
-        seed=config.seed,
-        buckets=config.bucket_shapes(),
+        seed=config.seed, buckets=config.bucket_shapes(),
     )  # fmt: skip
     dataset = crops_of(share=trainer.share)
-    if run.saved:
-        trainer.load(run.saved)
+    if run.start:
+        trainer.restore(run.checkpoints.path(run.start))
     else:
         fitted = plain_crops(config, pictures) if config.buckets else crops_of()
         dist.from_main(lambda: start_from(config, trainer, fitted))

@@ -15,6 +15,7 @@ are there already (at the cuts, through one layer), and no gradient of one side 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from flux2.adversarial import adaptive_weight
 from flux2.alignment import AlignmentHead, cosine_alignment, vf_loss
 from flux2.autoencoder import AutoEncoder, AutoencoderConfig, Posterior
+from flux2.checkpoint_folders import read_tensors
 from flux2.ema import EMA
 from flux2.equivariance import Transform, draw
 from flux2.images import as_rgb, from_uint8
@@ -193,14 +195,14 @@ class VaeTrainer:
             group["lr"] = self.lr * group["rate"]
         judged: list[dict[str, Tensor]] = []
         terms: list[dict[str, Tensor]] = []
-        transform, share = self.transform(step), 1 / config.accumulate
-        for first, x_part in zip(self.share.firsts(), x.split(self.share.piece), strict=True):
-            with dist.accumulating(self._encode, self._decode, last=first == self.share.firsts()[-1]):
+        transform, share, firsts = self.transform(step), 1 / config.accumulate, self.share.firsts()
+        for first, x_part in zip(firsts, x.split(self.share.piece), strict=True):
+            last = first == firsts[-1]
+            with dist.accumulating(self._encode, self._decode, last=last):
                 target, recon, found = self.generate(step, first, x_part, transform, share)
             terms.append(found)
             if self.adversary is not None and self.adversary.start.trains_discriminator(step):
                 with self.phase("discriminator, for itself"):
-                    last = first == self.share.firsts()[-1]
                     judged.append(self.adversary.judge(step, first, target, recon.float(), share, last=last))
         with self.phase("updates and averages"):
             return self._update(step, _mean(terms), judged, rate)
@@ -379,6 +381,10 @@ class VaeTrainer:
     def ema_names(self) -> list[str]:
         """Checkpoint files of the averaged models; the first is the one that is loaded."""
         return ["ema", *(f"ema_{decay:g}" for decay in self.config.ema_decays[1:])]
+
+    def restore(self, folder: Path) -> None:
+        """Takes over what `tensors` gave, from a checkpoint's folder."""
+        self.load(read_tensors(folder))
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
         """Inverse of `tensors`."""

@@ -102,6 +102,16 @@ def test_damaged_newest_falls_back_to_the_one_before_and_says_so(tmp_path, capsy
     assert store_of(tmp_path, 3).newest() == 3
 
 
+def test_who_takes_weights_alone_does_not_read_optimisers(tmp_path):
+    store = Checkpoints(tmp_path, keep=9)
+    for step in (1, 2):
+        store.save(step, {"model": {"w": torch.zeros(9)}, "optimiser": {"m": torch.ones(9)}}, {})
+    flip(store.path(2) / "optimiser.safetensors", -1)
+    assert store.newest() == 1 and store.newest(optimisers=False) == 2
+    flip(store.path(2) / "model.safetensors", -1)
+    assert store.newest(optimisers=False) == 1
+
+
 def test_all_damaged_is_an_error_that_names_each(tmp_path):
     store = store_of(tmp_path, 1, 2)
     for step in (1, 2):

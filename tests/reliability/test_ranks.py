@@ -121,9 +121,9 @@ def test_two_processes_train_the_autoencoder_that_one_trains(soak, vae):
 @pytest.mark.parametrize("name", ["two", "resized", "spread"])
 def test_any_number_of_processes_trains_the_flow_model_that_one_trains(soak, flow, name):
     assert samples(flow, name) == samples(flow, "one") and sorted(samples(flow, name)) == list(range(10))
-    gradients = assert_same_gradients(flow, name) if name == "two" else 0.0
-    terms = assert_same_log(flow, "two")
-    weights = assert_same_weights(flow, name, ("model.safetensors", "ema_0.99.safetensors"))
+    found = {"weight": assert_same_weights(flow, name, ("model.safetensors", "ema_0.99.safetensors"))}
+    if name == "two":  # the others' log has other windows, and their first updates are several processes' or spread
+        found |= {"gradient": assert_same_gradients(flow, name), "term": assert_same_log(flow, name)}
     how = {
         "two": "2 processes equal 1",
         "resized": "4 processes, then 2, equal 1",
@@ -131,7 +131,7 @@ def test_any_number_of_processes_trains_the_flow_model_that_one_trains(soak, flo
     }
     soak.found(
         f"train.flow: {how[name]}; the samples in the same order",
-        worst_gradient=f"{gradients:.1e}", worst_term=f"{terms:.1e}", worst_weight=f"{weights:.1e}",
+        **{f"worst_{what}": f"{error:.1e}" for what, error in found.items()},
     )  # fmt: skip
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import toy
 
 from train import dist
+from train.adversary import Adversary
 from train.dist import Agreement, Share
 
 
@@ -44,3 +46,10 @@ def test_device_is_chosen_as_ever_without_torchrun(monkeypatch):
         assert device.type == "cpu" and dist.size() == 1
     with pytest.raises(ValueError, match="device"), dist.joined("nonsense"):
         pass
+
+
+def test_batch_norm_of_a_discriminator_is_refused_between_cpus(monkeypatch):
+    monkeypatch.setattr(dist, "size", lambda: 2)
+    config = toy.toy("--gan.weight", "0.5", gan_norm="batch")
+    with pytest.raises(ValueError, match="gan.norm: expected group between several processes on CPUs, got batch"):
+        Adversary(config, torch.device("cpu"), lambda f: f)

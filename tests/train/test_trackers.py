@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 from toy import TOY
 
+from train import dist
+from train.configs import RunOptions
 from train.loop import read_log
+from train.run import Run
 from train.trackers import MOST_FAILURES, TRACKERS, Trackers
 from train.vae import main
 
@@ -177,12 +180,13 @@ def test_a_failure_that_passes_leaves_a_tracker_in_use(folder, monkeypatch):
     assert tracker.calls.count("log") == 3 * MOST_FAILURES
 
 
-def test_only_the_first_process_tracks(folder, monkeypatch, service):
-    monkeypatch.setenv("RANK", "1")
-    trackers = Trackers(("wandb",), folder, {}, 0)
-    trackers.log(RECORD)
-    trackers.close()
-    assert service.calls == []
+def test_only_the_first_process_tracks(tmp_path, monkeypatch, service):
+    monkeypatch.setattr(dist, "is_main", lambda: False)
+    run = Run(RunOptions(out=tmp_path, name="x", track=("wandb",)), preset="photos", config={})
+    run.open("", torch.device("cpu"))
+    run.log.write(RECORD)
+    run.trackers.close()
+    assert service.calls == [] and not (tmp_path / "x" / "log.jsonl").exists()
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_written(tmp_path, monkeypatch, capsys):
