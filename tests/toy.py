@@ -7,6 +7,7 @@ import torch
 
 from flux2.checkpoint_folders import Checkpoints
 from flux2.tensor_files import load_tensors
+from train import vae
 from train.data import CropBatches, embedded_photographs
 from train.vae import main
 from train.vae_config import parse_vae
@@ -15,6 +16,12 @@ from train.vae_trainer import VaeTrainer
 TOY = ["--autoencoder.ch", "8", "--autoencoder.decoder-ch", "8", "--autoencoder.ch-mult", "1", "1", "1", "1"]
 TOY += ["--autoencoder.num-groups", "4", "--batch", "2", "--resolution", "32", "--precision", "fp32", "--warmup", "2"]
 RANDOM_LPIPS = {"lpips_weight": 2.0, "lpips_net": "alex", "lpips_weights": "random"}
+
+
+def few_pixels(monkeypatch, held_out=4):
+    """PCA, latent statistics and quality on a few crops: for tests of what happens, not how well."""
+    for name, value in (("FITTED_PIXELS", 16 * 64 * 64), ("HELD_OUT_CROPS", held_out), ("STATISTICS_CROPS", 8)):
+        monkeypatch.setattr(vae, name, value)
 
 
 def toy(*flags, **changes):

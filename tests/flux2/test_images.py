@@ -217,3 +217,12 @@ def test_tile_and_error_image():
     with pytest.raises(ValueError, match="pictures of one size"):
         tile([black, grey[:1]], columns=2)
     assert (error_image(black, grey) == 150).all() and (error_image(grey, black, gain=10) == 255).all()
+
+
+def test_the_limit_of_pixels_does_not_hang_on_pillows_own(tmp_path, monkeypatch):
+    """Which other code of the process may lift"""
+    Image.new("L", (40, 30)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    monkeypatch.setattr("flux2.images.LARGEST_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"a.png: refused, too many pixels \(40 x 30, over 1,000\)"):
+        load_image(tmp_path / "a.png")

@@ -62,7 +62,7 @@ def record(folder):
             pixels = batch["pixels"] if isinstance(batch, dict) else batch
             found = [hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16] for sample in pixels]
             seen["samples"].append([number, dict(zip(self.share.samples(), found, strict=True))])
-            (folder / f"samples-{dist.rank()}-of-{dist.size()}.json").write_text(json.dumps(seen["samples"]))
+            (folder / f"samples-{dist.rank()}-{os.getpid()}.json").write_text(json.dumps(seen["samples"]))
             return plain(self, number, batch)
 
         trainer.step = step

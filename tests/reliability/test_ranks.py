@@ -47,7 +47,9 @@ def flow(tmp_path_factory):
     trained("flow", folder, 2, "two", *FLOW, *stop, program=program)
     trained("flow", folder, 4, "resized", *FLOW, "--stop-after", "5", program=program)
     trained("flow", folder, 2, "resized", *FLOW, *stop, program=program)
-    trained("flow", folder, 2, "spread", *FLOW, "--stop-after", "5", "--parallel", "fsdp", program=program)
+    spread = (*FLOW, "--parallel", "fsdp", "--checkpoint-activations")
+    trained("flow", folder, 2, "spread", *spread, "--stop-after", "5", program=program)
+    trained("flow", folder, 2, "spread", *spread, "--stop-after", "7", program=program)
     trained("flow", folder, 1, "spread", *FLOW, *stop, program=program)
     return folder
 

@@ -3,10 +3,10 @@
 import programs
 import pytest
 import torch
-from toy import assert_same_bits, run, saved
+from toy import assert_same_bits, few_pixels, run, saved
 
 from flux2.checkpoint_folders import Checkpoints
-from train import flow, vae
+from train import flow
 from train.data import CropBatches, batches, embedded_photographs
 from train.loop import read_log
 from train.vae_config import parse_vae
@@ -25,9 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LPIPS with a random backbone")
 
 @pytest.fixture(autouse=True)
 def small_fits(monkeypatch):
-    monkeypatch.setattr(vae, "FITTED_PIXELS", 16 * 64 * 64)
-    monkeypatch.setattr(vae, "HELD_OUT_CROPS", 4)
-    monkeypatch.setattr(vae, "STATISTICS_CROPS", 8)
+    few_pixels(monkeypatch)
     monkeypatch.setattr(flow, "VALIDATION_CROPS", 4)
     monkeypatch.setattr(flow, "SHOWN_EACH", 2)
 

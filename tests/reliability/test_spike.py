@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from toy import assert_same_bits, run, saved
+from toy import assert_same_bits, few_pixels, run, saved
 
-from train import vae, vae_trainer
+from train import vae_trainer
 from train.data import CropBatches
 from train.guards import Spike, SpikeWatch
 from train.loop import read_log
@@ -16,9 +16,7 @@ FLAGS = ("--steps", "200", "--save-every", "10", "--rollback", "3", "--align-wei
 @pytest.fixture
 def bad_items(monkeypatch):
     """Items of the data set whose batches are black, and black batches a loss of a thousand times"""
-    monkeypatch.setattr(vae, "FITTED_PIXELS", 16 * 64 * 64)
-    monkeypatch.setattr(vae, "HELD_OUT_CROPS", 4)
-    monkeypatch.setattr(vae, "STATISTICS_CROPS", 8)
+    few_pixels(monkeypatch)
     items, plain, l1 = set(), CropBatches.read, vae_trainer.PIXEL_LOSSES["l1"]
 
     def read(self, item):

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy import TOY, run, saved
+from toy import TOY, few_pixels, run, saved
 
-from train import vae
 from train.buckets import BucketOrder, bucket_shapes, nearest_bucket, read_sizes
 from train.crops import Augmentation, crop_of
 from train.data import CropBatches, Pictures, batches
@@ -113,9 +112,7 @@ def test_sizes_come_in_order_and_one_by_one_of_bad_pictures():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(vae, "FITTED_PIXELS", 16 * 64 * 64)
-    monkeypatch.setattr(vae, "HELD_OUT_CROPS", 4)
-    monkeypatch.setattr(vae, "STATISTICS_CROPS", 8)
+    few_pixels(monkeypatch)
 
 
 def test_an_autoencoder_trains_on_buckets_and_resumes_to_the_same_bits(tmp_path, small):

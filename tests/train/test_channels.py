@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy import run, toy, trainer_of
+from toy import few_pixels, run, toy, trainer_of
 
 from flux2 import load_autoencoder, save_autoencoder
 from flux2.__main__ import main
@@ -120,8 +120,7 @@ def test_one_step_with_every_loss(channels):
 def test_trained_from_its_principal_components_and_reconstructed_by_the_command(
     channels, folder, tmp_path, monkeypatch, capsys
 ):
-    for name, value in (("FITTED_PIXELS", 16 * 64 * 64), ("HELD_OUT_CROPS", 4), ("STATISTICS_CROPS", 8)):
-        monkeypatch.setattr(vae, name, value)
+    few_pixels(monkeypatch)
     flags = ("--autoencoder.channels", str(channels), "--data", folder, "--steps", "4", "--name", "x")
     assert run(tmp_path, *flags) == 0
     ae = load_autoencoder(tmp_path / "x")

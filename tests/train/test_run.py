@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from toy import run, saved
+from toy import few_pixels, run, saved
 
 from flux2 import load_autoencoder
 from flux2.checkpoint_folders import Checkpoints
-from train import adversary, vae, vae_trainer
+from train import adversary, vae_trainer
 from train.loop import read_log
 from train.run import _means
 
@@ -20,9 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LPIPS with a random backbone")
 
 @pytest.fixture(autouse=True)
 def small_fits(monkeypatch):
-    monkeypatch.setattr(vae, "FITTED_PIXELS", 16 * 64 * 64)
-    monkeypatch.setattr(vae, "HELD_OUT_CROPS", 4)
-    monkeypatch.setattr(vae, "STATISTICS_CROPS", 8)
+    few_pixels(monkeypatch)
 
 
 @pytest.fixture

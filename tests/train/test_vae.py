@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from toy import TOY, run, saved
+from toy import TOY, few_pixels, run, saved
 
 from flux2 import load_autoencoder
 from flux2.checkpoint_folders import Checkpoints
@@ -31,9 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture(autouse=True)
 def small_fits(monkeypatch):
     """PCA and latent statistics on few pixels: the toy runs are about what happens, not how well."""
-    monkeypatch.setattr(vae, "FITTED_PIXELS", 16 * 64 * 64)
-    monkeypatch.setattr(vae, "HELD_OUT_CROPS", 16)
-    monkeypatch.setattr(vae, "STATISTICS_CROPS", 8)
+    few_pixels(monkeypatch, held_out=16)
 
 
 def test_a_run_writes_everything(tmp_path, capsys):
