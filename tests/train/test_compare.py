@@ -222,18 +222,18 @@ def trains(out, name):
 
 
 def test_a_model_that_workers_die_of_fails_alone(weights, tmp_path):
-    """Killed under two workers; a third takes their place, and the rest is done"""
+    """Killed under whoever takes it, which may be a third before two are counted; the rest is done"""
     process = started(weights, tmp_path, 2, "--train-shifts", "1", "--repa", "none", results=0)
     name, killed = "wide-uniform-1.00-none-0", set()
     deadline = time.monotonic() + 120
-    while len(killed) < 2 and time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.poll() is None:
         pid = trains(tmp_path, name)
         if pid and pid not in killed:
             os.kill(pid, signal.SIGKILL)
             killed.add(pid)
         time.sleep(0.02)
     said = process.communicate(timeout=120)[0]
-    assert said.count(f"a worker died of SIGKILL at {name}") == 2, said
+    assert said.count(f"a worker died of SIGKILL at {name}") == len(killed) >= 2, said
     assert process.returncode == 1 and "1 of 2 models done, 1 failed" in said
     failed = load_json(tmp_path / "small" / "results" / f"{name}.json")
     assert failed["error"] == "2 workers died of it, the last of SIGKILL; was there enough memory?"
