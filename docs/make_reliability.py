@@ -10,15 +10,12 @@ BEGIN, END = "<!-- soak -->\n", "<!-- /soak -->"
 
 def table(results: dict) -> str:
     """A row a promise: what the tests of it counted, and which they are."""
-    lines = ["| promise | counted | length | test |", "|---|---|---|---|"]
+    lines = ["| promise | counted | test |", "|---|---|---|"]
     for row in results["rows"]:
         assert row["passed"], row["test"]
         figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row["figures"].items())
         file, name = row["test"].removeprefix("tests/reliability/").split("::", 1)
-        length = row.get("length", results.get("length"))
-        lines.append(
-            f"| {row['promise']} | {figures} | {length} | `{file}`: {name.split('[')[0].removeprefix('test_')} |"
-        )
+        lines.append(f"| {row['promise']} | {figures} | `{file}`: {name.split('[')[0].removeprefix('test_')} |")
     machine = results["environment"]
     seconds = sum(row["seconds"] for row in results["rows"])
     about = f"{machine['processor']}, {machine['threads']} thread, torch {machine['packages']['torch']}"

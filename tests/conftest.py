@@ -17,7 +17,6 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser):
     parser.addoption("--soak", metavar="FILE", help="tests/reliability at full length; its figures go to FILE")
-    parser.addoption("--figures", metavar="FILE", help="as --soak, at the length of every day")
 
 
 def pytest_report_header():

@@ -42,6 +42,8 @@ def torchrun(*flags):
 def start(program, out, *flags, fault=("none", "0"), name="x", launcher=()):
     """The process: PROGRAM ARGS --out OUT --name NAME --resume auto FLAGS, in a group of its own."""
     which, *arguments = map(str, program)
+    if launcher:
+        launcher = (*launcher, "--log-dir", str(out / "torchrun"))  # by default a folder more in /tmp
     command = [sys.executable, *launcher, str(FAULTS), which, *fault, *arguments, "--out", str(out), "--name", name]
     process = subprocess.Popen(
         [*command, "--resume", "auto", *map(str, flags)], env=ENVIRONMENT, stdout=subprocess.PIPE,

@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from train.loop import choose_device
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 BUCKET_BYTES = 25 * 2**20  # of gradients that are reduced in one go, as DDP's
 
@@ -84,7 +91,11 @@ def joined(device: str, timeout: float = 600.0) -> Iterator[torch.device]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    store, number, count = next(rendezvous("env://", timeout=datetime.timedelta(seconds=timeout)))
+    dist.init_process_group(
+        backend, store=fresh_store(store, number, count, timeout), rank=number, world_size=count,
+        timeout=datetime.timedelta(seconds=timeout),
+    )  # fmt: skip
     try:
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as quiet:
             if not is_main():
@@ -93,6 +104,29 @@ def joined(device: str, timeout: float = 600.0) -> Iterator[torch.device]:
         barrier()  # nobody leaves while others still talk, or process 0 writes the report
     finally:
         dist.destroy_process_group()
+
+
+def fresh_store(store: Store, number: int, count: int, timeout: float) -> Store:
+    """The part of `store` that this start of `count` processes has to itself, as soon as all of them are here.
+
+    torchrun keeps one store over its restarts: without this, processes wait at the addresses of those that are gone
+    (pytorch issue 135712). Each process says a name that is new, the first of them lists the names, and all go on when
+    all have found their own in one list. RuntimeError after `timeout` seconds.
+    """
+    name, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    keys = [f"name/{i}" for i in range(count)]
+    store.set(keys[number], name)
+    while time.monotonic() < deadline:
+        if number == 0 and store.check(keys):
+            store.set("names", ",".join(value.decode() for value in store.multi_get(keys)))
+        names = store.get("names").decode() if store.check(["names"]) else ""
+        if names.split(",")[number : number + 1] == [name]:
+            own = dist.PrefixStore(hashlib.sha256(names.encode()).hexdigest(), store)  # pyright: ignore[reportPrivateImportUsage]
+            own.set(keys[number], name)
+            if own.check(keys):
+                return own
+        time.sleep(0.05)
+    raise RuntimeError(f"Timed out: not all of {count} processes were here {timeout:g} seconds after process {number}")
 
 
 @dataclass(frozen=True, kw_only=True)

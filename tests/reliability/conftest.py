@@ -58,21 +58,13 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-@pytest.fixture
-def takes_restarts(request):
-    """Skips, visibly, outside of `make soak`: a restart of torchrun waits for time-outs on a machine that is loaded."""
-    if not (request.config.getoption("--soak") or request.config.getoption("--figures")):
-        pytest.skip("restarts of torchrun: make soak")
-
-
 def pytest_terminal_summary(terminalreporter, config):
-    path, rows = config.getoption("--soak") or config.getoption("--figures"), config.stash.get(FOUND, [])
+    path, rows = config.getoption("--soak"), config.stash.get(FOUND, [])
     if not path or not rows:
         return
     machine = environment(torch.device("cpu"))
     machine.pop("command")  # names folders of the machine
-    length = "full" if config.getoption("--soak") else "short"
-    Path(path).write_text(json.dumps({"environment": machine, "length": length, "rows": rows}, indent=1) + "\n")
+    Path(path).write_text(json.dumps({"environment": machine, "rows": rows}, indent=1) + "\n")
     terminalreporter.section("soak")
     for row in rows:
         figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row["figures"].items())

@@ -76,7 +76,7 @@ def on_host(number, name, program, out, *flags):
 
 
 @pytest.mark.skipif(not may_make_hosts(), reason="may not make network namespaces")
-def test_run_across_two_hosts_survives_the_loss_of_one(soak, takes_restarts, tmp_path):
+def test_run_across_two_hosts_survives_the_loss_of_one(soak, tmp_path):
     program = [*programs.FLOW, "--autoencoder", programs.tiny_autoencoder(tmp_path)]
     with hosts() as names:
         first = on_host(1, names[0], program, tmp_path, *FLAGS)

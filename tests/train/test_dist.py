@@ -1,8 +1,12 @@
-"""Shares of a batch, and what a process does alone."""
+"""Shares of a batch, what a process does alone, and how processes that are started again find each other."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import toy
+from torch.distributed import HashStore
 
 from train import dist
 from train.adversary import Adversary
@@ -53,3 +57,39 @@ def test_batch_norm_of_a_discriminator_is_refused_between_cpus(monkeypatch):
     config = toy.toy("--gan.weight", "0.5", gan_norm="batch")
     with pytest.raises(ValueError, match="gan.norm: expected group between several processes on CPUs, got batch"):
         Adversary(config, torch.device("cpu"), lambda f: f)
+
+
+def start_together(store, count, late=None):
+    """What each of `count` processes of one start gets; process `late` comes after the others."""
+    with ThreadPoolExecutor(count) as pool:
+        order = sorted(range(count), key=lambda number: number == late)
+        futures = {}
+        for number in order:
+            if number == late:
+                time.sleep(0.3)
+            futures[number] = pool.submit(dist.fresh_store, store, number, count, 20.0)
+        return [futures[number].result() for number in range(count)]
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_processes_started_again_do_not_read_what_those_before_them_wrote(late):
+    store = HashStore()
+    for start in range(3):
+        stores = start_together(store, 3, late if start else None)
+        assert not any(own.check(["address"]) for own in stores)
+        stores[1].set("address", str(start))
+        assert [own.get("address") for own in stores] == [str(start).encode()] * 3
+
+
+def test_fewer_processes_after_the_loss_of_one():
+    store = HashStore()
+    start_together(store, 3)
+    (alone,) = start_together(store, 1)
+    alone.set("a", "b")
+    first, second = start_together(store, 2)
+    assert not first.check(["a"]) and not second.check(["a"])
+
+
+def test_process_that_does_not_come_is_reported():
+    with pytest.raises(RuntimeError, match=r"Timed out: not all of 2 processes were here 0.2 seconds after process 0"):
+        dist.fresh_store(HashStore(), 0, 2, 0.2)
