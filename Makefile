@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help train test soak bench bench-guard gpu-report docs kernel-hub lint format picture clean
+.PHONY: help train test soak bench bench-guard gpu-report docs notebook kernel-hub lint format picture clean
 
 help:
 	@echo "make train    train the default autoencoder on bundled photographs; ARGS=... is passed on"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-guard  fail if an operation got slower against eager torch; ARGS=--update sets the limits anew"
 	@echo "make gpu-report   correctness and speed on this machine's GPU, into benchmarks/results"
 	@echo "make docs     the documentation as a site, in site/; a broken link fails"
+	@echo "make notebook run examples/*.ipynb and keep what they print and draw"
 	@echo "make kernel-hub  kernels/ as a repository of Hugging Face's kernel hub, in dist/kernel-hub/"
 	@echo "make lint     ruff and pyright"
 	@echo "make format   let ruff rewrite the layout"
@@ -50,6 +51,9 @@ gpu-report: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "site/index.html"
+
+notebook: $(STAMP)
+	$(BIN)/python docs/make_notebook.py
 
 kernel-hub: $(STAMP)
 	$(BIN)/python docs/kernel_hub.py

@@ -35,15 +35,17 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     """Links as seen from docs/: to a page or picture there, or just the words."""
     if page.file.src_uri.startswith("api/"):
         return markdown
-    here = ROOT if page.file.src_uri in PAGES.values() else ROOT / "docs"
+    of_docs = page.file.src_uri not in PAGES.values()
+    here = (ROOT / "docs" / page.file.src_uri).parent if of_docs else ROOT
 
     def moved(link: re.Match) -> str:
         words, anchor = link[1], link[3] or ""
         target = (here / link[2]).resolve().relative_to(ROOT)
+        up = "../" * page.file.src_uri.count("/")
         if str(target) in PAGES:
-            return f"[{words}]({PAGES[str(target)]}{anchor})"
+            return f"[{words}]({up}{PAGES[str(target)]}{anchor})"
         if target.parts[0] == "docs":
-            return f"[{words}]({'/'.join(target.parts[1:])}{anchor})"
+            return f"[{words}]({up}{'/'.join(target.parts[1:])}{anchor})"
         return words if str(target) in words.replace("\n", "") else f"{words} (`{target}`)"
 
     return LINK.sub(moved, markdown)

@@ -121,3 +121,9 @@ def differences(
         elif a != b:
             lines.append(f"{prefix}{key}: {words[0]} {a}, {words[1]} {b}")
     return lines
+
+
+def in_short(config: Any, preset: Any) -> str:
+    """What a run prints of its config: the preset's name, and each key in which it differs from that preset."""
+    changed = differences(to_dict(preset), to_dict(config), words=("preset", "now"))
+    return "\n  ".join([f"preset {config.preset}" + (", but" if changed else ""), *changed])

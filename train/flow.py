@@ -16,9 +16,9 @@ from flux2.samplers import classifier_free
 from flux2.teachers import build_teacher
 from train import dist
 from train.cache import CacheConfig, LatentCache, make_cache
-from train.configs import describe, to_dict
+from train.configs import describe, in_short, to_dict
 from train.data import Augmentation, Pictures, batches, class_names, open_pictures
-from train.flow_config import FlowConfig, FlowOptions, parse_flow, sampling_shift
+from train.flow_config import FLOW_PRESETS, FlowConfig, FlowOptions, parse_flow, sampling_shift
 from train.flow_data import CachedLatents, LabelledCrops, find_autoencoder, newest_autoencoder
 from train.flow_report import judge, make_law, plot_bins, plot_losses, write_flow_report
 from train.flow_trainer import BINS, FlowTrainer, validate
@@ -220,7 +220,8 @@ def train_on(device: torch.device, config: FlowConfig, options: FlowOptions) -> 
     trainer = flow.trainer
     parameters = sum(p.numel() for p in trainer.model.parameters())
     counts = f"{len(flow.pictures)} training pictures in {len(flow.classes)} classes, {len(flow.held_out)} held out"
-    print(text + f"{counts}; latents [{trainer.model.in_channels}, {flow.grid}, {flow.grid}]; {device}")
+    print(in_short(config, FLOW_PRESETS[config.preset]) if not options.dry_run else text)
+    print(f"{counts}; latents [{trainer.model.in_channels}, {flow.grid}, {flow.grid}]; {device}")
     print(f"{parameters:,} parameters, {config.precision}; {config.law}, shift {trainer.shift:.3g}, sampled at shift "
           f"{flow.sample_shift:.3g}")  # fmt: skip
     if options.dry_run:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flux2.checkpoints import save_json
 from flux2.schedules import Law, LogitNormal, PlateauLogitNormal, UniformLaw
+from train.figures import panels
 from train.flow_config import FlowConfig
 from train.flow_trainer import BINS, FlowTrainer, validate
 from train.loop import read_log
@@ -29,15 +30,9 @@ def make_law(config: FlowConfig, shift: float) -> Law:
 
 def plot_losses(records: list[dict[str, Any]], path: Path) -> None:
     """Each training term and the two validation losses against images, PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     steps, validated = [r for r in records if "loss" in r], [r for r in records if "fresh_velocity" in r]
     names = [n for n in ("velocity", "repa", "grad_norm") if any(n in r for r in steps)]
-    size, count = (4 * (1 + len(names)), 3.2), 1 + len(names)
-    figure, (axes,) = plt.subplots(1, count, figsize=size, constrained_layout=True, squeeze=False)
+    figure, (axes,) = panels(1, 1 + len(names), (4 * (1 + len(names)), 3.2))
     for key, label in NAMES.items():
         axes[0].plot([r["nimg"] for r in validated], [r[f"{key}_velocity"] for r in validated], "o-", ms=3, label=label)
     axes[0].set_title("normalised velocity loss (EMA)")
@@ -49,19 +44,15 @@ def plot_losses(records: list[dict[str, Any]], path: Path) -> None:
     for axis in axes:
         axis.set_xlabel("images")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def plot_bins(records: list[dict[str, Any]], law: Law, path: Path) -> None:
     """Velocity losses by time bin, now and at the start, and the density that training draws times from; PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
 
     validated = [r for r in records if "fresh_bins" in r]
     centres = (np.arange(BINS) + 0.5) / BINS
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.4), constrained_layout=True)
+    figure, ((left, middle, right),) = panels(1, 3, (14, 3.4))
     for key, label in NAMES.items():
         (line,) = left.plot(centres, validated[-1][f"{key}_bins"], "o-", ms=3, label=label)
         left.plot(centres, validated[0][f"{key}_bins"], "--", lw=0.8, c=line.get_color())
@@ -70,7 +61,7 @@ def plot_bins(records: list[dict[str, Any]], law: Law, path: Path) -> None:
     trained = [r for r in validated if not all(v != v for v in r["training_bins"])]
     for i, record in enumerate(trained):
         part = (i + 1) / len(trained)
-        middle.plot(centres, record["training_bins"], lw=1, c=plt.get_cmap("viridis")(1 - part), label=record["step"])
+        middle.plot(centres, record["training_bins"], lw=1, c=colormaps["viridis"](1 - part), label=record["step"])
     middle.set_title("mean squared velocity error in training, by step")
     middle.legend(fontsize=7)
     t = torch.linspace(1e-4, 1 - 1e-4, 1000, dtype=torch.float64)
@@ -79,7 +70,6 @@ def plot_bins(records: list[dict[str, Any]], law: Law, path: Path) -> None:
     for axis in (left, middle, right):
         axis.set_xlabel("t (0 data, 1 noise)")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def judge(trainer: FlowTrainer, validation: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from train.cache import hash_of_pictures
 from train.crops import Augmentation, centre_square
 from train.data import Pictures, held_out_crops, open_pictures
 from train.evaluation import PHOTOGRAPHS, figure_text, padded
+from train.figures import panels
 from train.loop import choose_device, environment
 from train.page import page, picture, table
 from train.picture_sets import TrainingCrops
@@ -184,21 +185,9 @@ def pca_sheet(ae: Encoder, pictures: Pictures) -> np.ndarray:
     return tile([*images, *drawn], columns=len(images))
 
 
-def _plots() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def plot_channels(diagnoses: dict[str, Diagnosis], path: Path) -> None:
     """Mean and standard deviation of each channel, a row each autoencoder; PNG."""
-    plt = _plots()
-    figure, axes = plt.subplots(
-        len(diagnoses), 2, figsize=(12, 2.6 * len(diagnoses)), constrained_layout=True, squeeze=False
-    )
+    figure, axes = panels(len(diagnoses), 2, (12, 2.6 * len(diagnoses)))
     for row, (name, d) in zip(axes, diagnoses.items(), strict=True):
         for axis, values, title in zip(row, (d.mean, d.std), ("mean", "standard deviation"), strict=True):
             axis.bar(range(len(values)), values.numpy(), width=1.0)
@@ -206,13 +195,11 @@ def plot_channels(diagnoses: dict[str, Diagnosis], path: Path) -> None:
             axis.set_xlabel("channel")
         row[1].axhline(1, lw=0.8, c="black")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def plot_spectra(diagnoses: dict[str, Diagnosis], path: Path) -> None:
     """Radial power spectra, and the share of variance in the leading directions; PNG."""
-    plt = _plots()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
+    figure, ((left, right),) = panels(1, 2, (12, 4))
     for name, d in diagnoses.items():
         if d.spectrum:
             frequency, power = d.spectrum
@@ -231,7 +218,6 @@ def plot_spectra(diagnoses: dict[str, Diagnosis], path: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 COLUMNS = {  # figure: its head in a table

@@ -27,6 +27,7 @@ from train.cache import hash_of_pictures
 from train.cell import Judging, key_of, train_cell
 from train.cell_data import Crops, load_latents, make_latents, reference_moments
 from train.configs import differences, parse, to_dict
+from train.figures import panels
 from train.flow_config import FlowConfig, FlowOptions
 from train.loop import Interrupted, choose_device, choose_precision, environment
 
@@ -265,16 +266,11 @@ def correlation_words(result: Mapping[str, Any]) -> str:
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """Both measures against images trained on, with their intervals; PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     titles = {
         "velocity": "normalised velocity loss, held-out pictures",
         "fd": f"{result['features']['label']} of samples",
     }
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    figure, (axes,) = panels(1, 2, (10, 3.6))
     for axis, (measure, title) in zip(axes, titles.items(), strict=True):
         for name, entry in result["autoencoders"].items():
             x = [p["nimg"] for p in entry["points"]]
@@ -286,7 +282,6 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axis.set_xlabel("images")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def correlations(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:

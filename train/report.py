@@ -18,6 +18,7 @@ from flux2.metrics import psnr, ssim
 from flux2.rae import RAE
 from flux2.tensor_files import save_json
 from train.data import Pictures
+from train.figures import panels
 from train.loop import read_log
 from train.page import page, picture, table
 
@@ -103,18 +104,13 @@ def whole_pictures(ae: AutoEncoder | RAE, pictures: Pictures, code: LinearCode) 
 
 def plot_curves(records: list[dict[str, Any]], path: Path, levels: dict[str, float]) -> None:
     """Losses by name and held-out PSNR against images, PNG; `levels`: yardsticks in dB drawn as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     steps = [r for r in records if "loss" in r]
     held = [r for r in records if "held_out_psnr" in r]
     skip = {"step", "nimg", "lr", "images_per_second", "peak_memory_bytes"}
     numbers = {k for r in steps for k, v in r.items() if isinstance(v, (int, float))} - skip
     names = sorted(numbers, key=lambda k: (k.startswith(("d_", "gan")), k))  # the discriminator's last
     rows = -(-(1 + len(names)) // 4)
-    figure, axes = plt.subplots(rows, 4, figsize=(15, 3.1 * rows), constrained_layout=True, squeeze=False)
+    figure, axes = panels(rows, 4, (15, 3.1 * rows))
     flat = list(axes.flat)
     for axis, name in zip(flat[1:], names, strict=False):
         having = [r for r in steps if name in r]
@@ -132,7 +128,6 @@ def plot_curves(records: list[dict[str, Any]], path: Path, levels: dict[str, flo
     for axis in flat[: 1 + len(names)]:
         axis.set_xlabel("images")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def _mean(values: Tensor) -> float:

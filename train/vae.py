@@ -20,7 +20,7 @@ from flux2.metrics import psnr
 from flux2.rae import RAE, RAEConfig
 from kernels.dispatch import resolve
 from train import dist
-from train.configs import RunOptions, describe, differences, to_dict
+from train.configs import RunOptions, describe, differences, in_short, to_dict
 from train.data import (
     Augmentation,
     CropBatches,
@@ -33,7 +33,7 @@ from train.data import (
 from train.loop import choose_precision, cpp_compiler
 from train.report import write_report
 from train.run import Run, exit_code
-from train.vae_config import VaeConfig, parse_vae
+from train.vae_config import VAE_PRESETS, VaeConfig, parse_vae
 from train.vae_trainer import VaeTrainer
 
 HELD_OUT_CROPS, HELD_OUT_SIDE = 256, 64
@@ -125,7 +125,8 @@ def train_on(device: torch.device, config: VaeConfig, options: RunOptions) -> in
         dist.from_main(lambda: start_from(config, trainer, fitted))
         trainer.copy_from_main()
     crops = held_out_crops(held_out, num_crops=HELD_OUT_CROPS, resolution=_held_out_side(config))
-    print(text + f"{len(pictures)} training pictures, {len(held_out)} held out; {device}, {config.precision}")
+    print(in_short(config, VAE_PRESETS[config.preset]))
+    print(f"{len(pictures)} training pictures, {len(held_out)} held out; {device}, {config.precision}")
     run.open(text, device)
     parameters = sum(p.numel() for p in trainer.trained.parameters() if p.requires_grad)
     print(f"{parameters:,} parameters; " + ("compiling, then training" if compiled else "training"), flush=True)

@@ -283,7 +283,7 @@ _PHOTOS = VaeConfig(
     warm_start="pca",
     laplacian_weight=1.0,
     kl_weight=1e-6,
-    align_weight=0.002,
+    align_weight=0.05,
 )
 # Loss terms and their weights are the published recipes'; docs/recipe.md says what differs.
 _LDM = VaeConfig(
