@@ -62,6 +62,35 @@ def test_links_lead_somewhere():
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_speed_table_is_that_of_the_results():
+    assert script("make_speed").filled(README) == README
+
+
+def test_first_pages_snippets_run(tmp_path, monkeypatch):
+    import types
+
+    import torch
+
+    from flux2 import AutoEncoder, AutoencoderConfig, save_autoencoder
+    from flux2.compat import ensure_torchvision
+
+    ensure_torchvision()
+    from diffusers import AutoencoderKL
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    cfg = AutoencoderConfig(z_channels=4, ch=8, decoder_ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, num_groups=4)
+    save_autoencoder(AutoEncoder(cfg), tmp_path / "runs" / "photos", layout="diffusers")
+    pipe = types.SimpleNamespace(vae=AutoencoderKL(block_out_channels=(32,)))
+    norm, conv = torch.nn.GroupNorm(32, 64, eps=1e-6), torch.nn.Conv2d(64, 64, 3, padding=1)
+    given = {"pipe": pipe, "norm": norm, "conv": conv, "step": 1}
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) == 3
+    for snippet, x in zip(snippets, (None, torch.randn(1, 64, 16, 16), torch.rand(1, 3, 32, 32)), strict=True):
+        exec(compile(snippet, "README.md", "exec"), {**given, "x": x})
+    assert (tmp_path / "ae.safetensors").is_file()
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"`?make ([a-z-]+)", README + (ROOT / "CONTRIBUTING.md").read_text())):

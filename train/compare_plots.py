@@ -138,6 +138,14 @@ def draw_triangle(summary: dict[str, Any], path: Path) -> bool:
     return True
 
 
+def triangle(ax: Any, summary: dict[str, Any]) -> None:
+    """The triangle alone, on a figure's axes, with the autoencoders named beside it."""
+    axes = triangle_axes(summary)
+    names = in_order(n for axis in axes.values() for n in axis.values)
+    _triangle(ax, axes, names, summary["features"].get("label", "FD"))
+    ax.legend(handles=[_handle(name) for name in names], loc="upper left", frameon=False, fontsize=9)
+
+
 def _handle(name: str) -> Any:
     from matplotlib.lines import Line2D
 

@@ -241,6 +241,25 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(x), ae.encode(x))
 
 
+def test_five_resolutions_are_one_compilation():
+    """Both ways, with backward; sizes that are equal at first, or 1, would be compiled as such"""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    ae = AutoEncoder(TINY)
+    torch.compiler.reset()
+    step = torch.compile(lambda x: ae(x)[0].square().mean(), fullgraph=True, dynamic=True, backend=count)
+    decode = torch.compile(ae.decode, fullgraph=True, dynamic=True, backend=count)
+    for h, w in ((4, 7), (3, 2), (4, 4), (5, 7), (8, 6)):
+        step(torch.rand(5, 3, h * TINY.multiple, w * TINY.multiple)).backward()
+        with torch.no_grad():
+            decode(torch.randn(5, TINY.latent_channels, h, w))
+    assert len(graphs) == 2
+
+
 @pytest.mark.parametrize("quant_conv", [True, False])
 def test_gradient_norms_of_the_last_layers_equal_autograds(quant_conv):
     """What adaptive weights compare, against a full backward pass"""
