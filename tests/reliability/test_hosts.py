@@ -11,7 +11,7 @@ import programs
 import pytest
 
 from train.loop import read_log
-from train.scaling import ddp_bytes
+from train.scaling import ddp_bytes, fsdp_bytes
 
 FLAGS = ("--batch", "8", "--steps", "100000", "--save-every", "20", "--peer-timeout", "30")
 
@@ -105,6 +105,28 @@ def test_run_across_two_hosts_survives_the_loss_of_one(soak, tmp_path):
         "A run across two hosts goes on when one is lost; bytes between them a step are those of the model",
         hosts_lost=1, steps_after=steps[-1] - at, bytes_a_step=round(a_step), predicted=round(predicted),
     )  # fmt: skip
+
+
+@pytest.mark.skipif(not may_make_hosts(), reason="may not make network namespaces")
+def test_fsdp_moves_the_bytes_of_the_model(soak, tmp_path):
+    program = [*programs.FLOW, "--autoencoder", programs.tiny_autoencoder(tmp_path), "--parallel", "fsdp"]
+    with hosts() as names:
+        runs = [on_host(i, name, program, tmp_path, *FLAGS) for i, name in enumerate(names, 1)]
+        said = lambda: (tmp_path / "host-1.txt").read_text()  # noqa: E731
+        try:
+            wait(lambda: programs.steps_logged(tmp_path / "x") >= 25, said)
+            parameters = sum(t.numel() for t in programs.newest(tmp_path / "x")["model.safetensors"].values())
+            began, count, steps = programs.steps_logged(tmp_path / "x"), received(names[1]), soak.rounds(10, 50)
+            wait(lambda: programs.steps_logged(tmp_path / "x") >= began + steps, said)
+            a_step = (received(names[1]) - count) / (programs.steps_logged(tmp_path / "x") - began)
+        finally:
+            for name, process in zip(names, runs, strict=True):
+                lose(name)
+                process.wait()
+    predicted = fsdp_bytes(parameters, 2, bf16=False)
+    print("BYTES", a_step, predicted, parameters)
+    soak.found("FSDP2 between two hosts: bytes a step are those of the model", bytes_a_step=round(a_step),
+               predicted=round(predicted))  # fmt: skip
 
 
 def wait(what, said):
