@@ -35,6 +35,7 @@ from .group_norm import (
 from .group_norm_aten import as_laid_out, aten_backward, aten_forward
 from .group_stats import merge_stats, store_partial_stats, welford
 from .tiles import launch, place, plan, unsupported, walk
+from .winograd import may_pay, winograd_conv2d
 
 # --- reference -----------------------------------------------------------------------------------------------------
 
@@ -222,11 +223,14 @@ def norm_silu_conv2d_op(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None, input_bias: Tensor | None,
     stats: Tensor | None, num_groups: int, eps: float, stride: int, padding: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, and the statistics [N, G, 2] of x where none were given, else an empty tensor."""
+    """y, and the statistics [N, G, 2] of x where none were given, else an empty tensor.
+
+    backend "winograd" is "torch" with that convolution, which has no backward.
+    """
     forward = triton_forward if backend == "triton" and x.numel() else aten_forward
     with without_autocast(x):
         h, computed = forward(x, norm_weight, norm_bias, input_bias, stats, num_groups, eps, True)
-        y = F.conv2d(h, weight, bias, stride, padding)
+        y = winograd_conv2d(h, weight, bias) if backend == "winograd" else F.conv2d(h, weight, bias, stride, padding)
     return y.contiguous(memory_format=_conv_format(x, weight)), computed if stats is None else x.new_empty(0)
 
 
@@ -337,7 +341,8 @@ def norm_silu_conv2d(
 
     x [N, C, H, W], NCHW or channels_last; norm_weight, norm_bias, input_bias [C]; weight [C_out, C, kh, kw] and bias
     [C_out] of x's dtype -> [N, C_out, H', W'], channels_last if x or weight is. stats as in `group_norm`. Gradients,
-    once differentiable, of all six. The convolution is aten's for every backend; `backend` chooses the norm.
+    once differentiable, of all six. `backend` chooses the norm; the convolution is aten's, or in fp32 on a CPU without
+    gradients that of `kernels/winograd.py`.
 
     Under autocast x, weight and bias are taken in its dtype, the norm's parameters as they are. ValueError, naming
     expected and got, for wrong shapes, dtypes and devices, and where the backend cannot run.
@@ -366,6 +371,11 @@ def norm_silu_conv2d(
     backend = resolve(name, backend, x, unsupported=unsupported)
     norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
     input_bias, stats = dense(input_bias), detached(stats)
+    learns = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, norm_weight, norm_bias, weight, bias, input_bias)
+    )
+    if backend == "torch" and not learns and may_pay(x, weight, stride, padding):
+        backend = "winograd"
     y, _ = norm_silu_conv2d_op(
         x, norm_weight, norm_bias, weight, bias, input_bias, stats, num_groups, eps, stride, padding, backend
     )

@@ -208,6 +208,7 @@ def train(config: FlowConfig, options: FlowOptions) -> int:
 
 def train_on(device: torch.device, config: FlowConfig, options: FlowOptions) -> int:
     """Runs `config`; returns the exit code (0, or 128 + signal after an interruption that was saved)."""
+    asked = in_short(config, FLOW_PRESETS[config.preset])
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
     if options.compile and not usable_compiler(device):
         options = dataclasses.replace(options, compile=False)
@@ -220,7 +221,7 @@ def train_on(device: torch.device, config: FlowConfig, options: FlowOptions) -> 
     trainer = flow.trainer
     parameters = sum(p.numel() for p in trainer.model.parameters())
     counts = f"{len(flow.pictures)} training pictures in {len(flow.classes)} classes, {len(flow.held_out)} held out"
-    print(in_short(config, FLOW_PRESETS[config.preset]) if not options.dry_run else text)
+    print(text if options.dry_run else asked)
     print(f"{counts}; latents [{trainer.model.in_channels}, {flow.grid}, {flow.grid}]; {device}")
     print(f"{parameters:,} parameters, {config.precision}; {config.law}, shift {trainer.shift:.3g}, sampled at shift "
           f"{flow.sample_shift:.3g}")  # fmt: skip

@@ -7,7 +7,8 @@ Bytes are those a process receives (and sends) in ring collectives between W pro
     DDP      all-reduce of fp32 gradients                       2 (W - 1) / W * 4 P
     FSDP2    weights gathered twice, gradients scattered        (W - 1) / W * (2 b + 4) P,  b = 2 in bf16, 4 in fp32
 
-The first is checked against bytes counted between two hosts (tests/reliability/test_hosts.py).
+Both are checked against bytes counted between two hosts (tests/reliability/test_hosts.py), on gloo, which scatters sums
+by an all-reduce: (W - 1) / W * 4 P more.
 """
 
 from __future__ import annotations

@@ -100,6 +100,7 @@ def train(config: VaeConfig, options: RunOptions) -> int:
 def train_on(device: torch.device, config: VaeConfig, options: RunOptions) -> int:
     """Runs `config`; returns the exit code (0, or 128 + signal after an interruption that was saved)."""
     resolve("--backend", options.backend, torch.empty(1, device=device))  # a ValueError before anything is written
+    asked = in_short(config, VAE_PRESETS[config.preset])
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
     text = describe(config)
     if options.dry_run:
@@ -125,7 +126,7 @@ def train_on(device: torch.device, config: VaeConfig, options: RunOptions) -> in
         dist.from_main(lambda: start_from(config, trainer, fitted))
         trainer.copy_from_main()
     crops = held_out_crops(held_out, num_crops=HELD_OUT_CROPS, resolution=_held_out_side(config))
-    print(in_short(config, VAE_PRESETS[config.preset]))
+    print(asked)
     print(f"{len(pictures)} training pictures, {len(held_out)} held out; {device}, {config.precision}")
     run.open(text, device)
     parameters = sum(p.numel() for p in trainer.trained.parameters() if p.requires_grad)
