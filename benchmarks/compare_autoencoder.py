@@ -50,12 +50,18 @@ FLOORS, AIMS = {"decode": 1.15, "encode": 1.05, "train step": 1.05}, {"decode": 
 KEPT_AT_MOST = 0.45
 HEAD_DIM = 512
 PARTS = {  # first match counts
-    "convolutions": ("mkldnn_convolution", "slow_conv2d", "convolution_backward", "convolution_overrideable"),
+    "convolutions": (
+        "mkldnn_convolution",
+        "slow_conv2d",
+        "convolution_backward",
+        "convolution_overrideable",
+        "bmm",  # Winograd's
+    ),
     "attention": ("scaled_dot_product", "softmax"),
     "norms": ("group_norm",),
     "SiLU": ("silu",),
-    "upsampling, copies": ("upsample", "cat", "copy_", "pad", "fill_", "stack", "bmm", "clone"),
-    "sums": ("aten::add", "aten::div", "aten::sum"),
+    "upsampling, copies": ("upsample", "cat", "copy_", "pad", "fill_", "stack", "clone"),
+    "sums": ("aten::add", "aten::sub", "aten::div", "aten::sum"),
     "matrix products": ("mm",),
     "optimiser": ("adamw",),
 }

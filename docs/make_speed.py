@@ -1,6 +1,6 @@
 """Writes the README's speed table from benchmarks/results/autoencoder-cpu.json.
 
-    python benchmarks/compare_autoencoder.py && python docs/make_speed.py
+python benchmarks/compare_autoencoder.py && python docs/make_speed.py
 """
 
 from __future__ import annotations

@@ -131,6 +131,13 @@ def test_flow_table_is_that_of_the_results():
     assert results["environment"]["commit"] in page
 
 
+def test_step_table_is_that_of_the_results():
+    import compare_flow
+
+    results = json.loads((ROOT / "benchmarks/results/flow-amd-epyc.json").read_text())
+    assert f"<!-- step -->\n{compare_flow.table(results)}<!-- /step -->" in (ROOT / "docs/flow.md").read_text()
+
+
 def test_comparison_tables_are_those_of_the_results(make_comparison):
     page = (ROOT / "docs/compare.md").read_text()
     marks = [(m["preset"], m["what"]) for m in make_comparison.MARKED.finditer(page)]

@@ -63,6 +63,17 @@ def test_kernels_are_right_at_full_size():
         assert call()["backend"] == "triton", name
 
 
+@pytest.mark.gpu
+def test_a_cuda_graph_repeats_its_call():
+    import whole_models
+
+    x = gpu_report.torch.ones(4, device="cuda")
+    replay = whole_models.graphed(lambda: x * 2)
+    assert replay().tolist() == [2.0] * 4
+    x.fill_(3)
+    assert replay().tolist() == [6.0] * 4
+
+
 def test_rows_hold_every_contestant_or_why_it_is_missing(ran):
     sections = json.loads(ran[1].read_text())["sections"]
     row = sections["kernels"]["group_norm_silu 1x8x6x6 fp32 forward"]
