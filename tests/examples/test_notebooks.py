@@ -1,4 +1,7 @@
-"""The notebooks run from top to bottom, and what is committed of them are the outputs of a run."""
+"""The notebooks run from top to bottom, and what is committed of them are the outputs of a run.
+
+In a folder of its own, so that these minutes are not the last of the suite.
+"""
 
 import importlib.util
 import re
@@ -7,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 spec = importlib.util.spec_from_file_location("make_notebook", ROOT / "docs" / "make_notebook.py")
 make_notebook = importlib.util.module_from_spec(spec)
