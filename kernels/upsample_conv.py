@@ -43,7 +43,7 @@ def phase_kernels(weight: Tensor) -> Tensor:
 def _interleave(phases: list[Tensor], channels_last: bool) -> Tensor:
     """Four [N, C, H, W], phase 2p + q -> [N, C, 2H, 2W] in the memory format that is asked for."""
     if channels_last and phases[0].device.type == "cpu" and not any(y.requires_grad for y in phases):
-        n, c, h, w = phases[0].shape  # in one pass, which autograd would make one for each phase
+        n, c, h, w = phases[0].shape  # one pass over memory instead of two; autograd would need four
         y = phases[0].new_empty(n, h, 2, w, 2, c)
         for phase, part in enumerate(phases):
             y.select(2, phase // 2).select(3, phase % 2).copy_(part.permute(0, 2, 3, 1))

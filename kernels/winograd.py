@@ -20,8 +20,7 @@ from torch import Tensor
 LEAST_IN, LEAST_OUT = 128, 256  # channels; narrower layers spend on transforms what they save
 LEAST_PIXELS = 64 * 64  # fewer pixels do not pay for the transform of the weights
 CHUNK_BYTES = 16 * 2**20  # of transformed tiles at a time
-# G of both axes, as one matrix from the nine taps to the sixteen products
-_G = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
+_G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
 def may_pay(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
@@ -33,7 +32,8 @@ def may_pay(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
 
 def _of_weight(weight: Tensor) -> Tensor:
     """[C_out, C, 3, 3] -> [16, C, C_out]."""
-    both = torch.kron(_G, _G)  # [16, 9]
+    g = torch.tensor(_G, dtype=weight.dtype, device=weight.device)  # here: defaults may be others at import
+    both = torch.kron(g, g)  # [16, 9]
     taps = weight.permute(2, 3, 1, 0).reshape(9, -1)
     return (both @ taps).view(16, weight.shape[1], weight.shape[0])
 

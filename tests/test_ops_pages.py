@@ -7,6 +7,9 @@ from pathlib import Path
 
 import bandwidth
 import pytest
+import torch
+from cases import OPS
+from compare_flow import Calls
 
 import kernels
 
@@ -28,7 +31,9 @@ def test_every_operation_has_a_page():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_signature_is_the_functions(page):
     written = "".join(code for title, code in blocks(page) if "signature" in title)
-    for name, signature in re.findall(r"^def (\w+)(\(.*?\) -> [^\n]+)$", written, re.MULTILINE | re.DOTALL):
+    found = re.findall(r"^def (\w+)(\(.*?\) -> [^\n]+)$", written, re.MULTILINE | re.DOTALL)
+    assert len(found) == written.count("def ") > 0
+    for name, signature in found:
         plain = lambda text: re.sub(r"[\s'\"]|,(?=\s*\))", "", text)  # noqa: E731
         assert plain(signature) == plain(str(inspect.signature(getattr(kernels, name)))), name
 
@@ -37,6 +42,36 @@ def test_signature_is_the_functions(page):
 def test_snippet_runs(page):
     (snippet,) = [code for title, code in blocks(page) if "signature" not in title]
     exec(compile(snippet, page.name, "exec"), {})
+
+
+def bytes_an_element(call, n):
+    with Calls() as seen:
+        result = call()
+    return result, round(seen.bytes / n)
+
+
+def test_stock_bytes_are_what_aten_is_called_for():
+    """Of the pages that count aten's calls; `randn_like` does not read the tensor whose shape it takes"""
+    tensors = [t.requires_grad_() for t in OPS["repa_loss"].tensors((16, 64, 768), torch.bfloat16, torch.device("cpu"))]
+    n = tensors[0].numel()
+    loss, forward = bytes_an_element(lambda: OPS["repa_loss"].eager(*tensors), n)
+    _, backward = bytes_an_element(lambda: torch.autograd.grad(loss, tensors), n)
+    page = (ROOT / "docs" / "ops" / "repa_loss.md").read_text()
+    assert f"| {forward}: two copies in fp32" in page and f"and their gradients | {backward} |" in page
+    for f, words in (
+        (OPS["repa_loss"].eager, "| {} |\n"),
+        (OPS["repa_loss"].ours, "| {}: both, and three numbers a row |"),
+    ):
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, k=kept: k.setdefault(t.data_ptr(), t), lambda t: t):
+            f(*tensors)
+        size = round(
+            sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept.values()}.values()) / n
+        )
+        assert words.format(size) in page, size
+    x = OPS["flow_match_inputs"].tensors((64, 128, 16, 16), torch.bfloat16, torch.device("cpu"))
+    _, forward = bytes_an_element(lambda: OPS["flow_match_inputs"].eager(*x), x[0].numel())
+    assert f"| {forward - 2}: noise, products" in (ROOT / "docs" / "ops" / "flow_match_inputs.md").read_text()
 
 
 def test_pictures_are_of_committed_figures():

@@ -123,7 +123,10 @@ def differences(
     return lines
 
 
-def in_short(config: Any, preset: Any) -> str:
-    """What a run prints of its config: the preset's name, and each key in which it differs from that preset."""
-    changed = differences(to_dict(preset), to_dict(config), words=("preset", "now"))
+def in_short(config: Any, presets: Mapping[str, Any]) -> str:
+    """What a run prints of its config: the preset's name, and each key in which it differs from that preset; all of it
+    where there is no such preset, as in configs made in code."""
+    if config.preset not in presets:
+        return describe(config).rstrip()
+    changed = differences(to_dict(presets[config.preset]), to_dict(config), words=("preset", "now"))
     return "\n  ".join([f"preset {config.preset}" + (", but" if changed else ""), *changed])

@@ -208,7 +208,7 @@ def train(config: FlowConfig, options: FlowOptions) -> int:
 
 def train_on(device: torch.device, config: FlowConfig, options: FlowOptions) -> int:
     """Runs `config`; returns the exit code (0, or 128 + signal after an interruption that was saved)."""
-    asked = in_short(config, FLOW_PRESETS[config.preset])
+    asked = in_short(config, FLOW_PRESETS)
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
     if options.compile and not usable_compiler(device):
         options = dataclasses.replace(options, compile=False)

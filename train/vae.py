@@ -100,7 +100,7 @@ def train(config: VaeConfig, options: RunOptions) -> int:
 def train_on(device: torch.device, config: VaeConfig, options: RunOptions) -> int:
     """Runs `config`; returns the exit code (0, or 128 + signal after an interruption that was saved)."""
     resolve("--backend", options.backend, torch.empty(1, device=device))  # a ValueError before anything is written
-    asked = in_short(config, VAE_PRESETS[config.preset])
+    asked = in_short(config, VAE_PRESETS)
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
     text = describe(config)
     if options.dry_run:

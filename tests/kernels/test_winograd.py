@@ -89,3 +89,14 @@ def test_one_graph_when_compiled(taken):
     compiled = torch.compile(lambda *t: norm_silu_conv2d(*t, num_groups=4), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*given), norm_silu_conv2d(*given, num_groups=4))
     assert len(taken) == 2
+
+
+def test_defaults_of_the_process_do_not_matter(small):
+    x, weight = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3)
+    before = winograd.winograd_conv2d(x, weight, None)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(winograd.winograd_conv2d(x, weight, None), before)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -1,12 +1,13 @@
 """The command line: presets, overrides, and errors that name the nearest name."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 
 import pytest
 
-from train.configs import RunOptions, differences, to_dict
+from train.configs import RunOptions, describe, differences, in_short, to_dict
 from train.vae import main
 from train.vae_config import VAE_PRESETS, parse_vae
 
@@ -69,6 +70,15 @@ def test_differences_name_each_key():
         f"autoencoder.ch: saved {a['autoencoder']['ch']}, now 99",
         f"lr: saved {a['lr']}, now 5.0",
     ]
+
+
+def test_a_run_prints_what_differs_from_its_preset():
+    config = VAE_PRESETS["photos"]
+    assert in_short(config, VAE_PRESETS) == "preset photos"
+    changed = dataclasses.replace(config, steps=7)
+    assert in_short(changed, VAE_PRESETS) == f"preset photos, but\n  steps: preset {config.steps}, now 7"
+    own = dataclasses.replace(config, preset="made in code")
+    assert in_short(own, VAE_PRESETS) == describe(own).rstrip()
 
 
 def test_help_shows_an_example():
