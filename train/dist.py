@@ -110,21 +110,25 @@ def fresh_store(store: Store, number: int, count: int, timeout: float) -> Store:
     """The part of `store` that this start of `count` processes has to itself, as soon as all of them are here.
 
     torchrun keeps one store over its restarts: without this, processes wait at the addresses of those that are gone
-    (pytorch issue 135712). Each process says a name that is new, the first of them lists the names, and all go on when
-    all have found their own in one list. RuntimeError after `timeout` seconds.
+    (pytorch issue 135712). Each process says a name that is new; the first answers each with it and what all names make
+    together, and they go on when all have come to the same answer. Messages stay small however many there are.
+    RuntimeError after `timeout` seconds.
     """
     name, deadline = uuid.uuid4().hex, time.monotonic() + timeout
-    keys = [f"name/{i}" for i in range(count)]
+    keys, answers = ([f"{what}/{i}" for i in range(count)] for what in ("name", "answer"))
+    answered, joined_at = [], ""
     store.set(keys[number], name)
     while time.monotonic() < deadline:
-        if number == 0 and store.check(keys):
-            store.set("names", ",".join(value.decode() for value in store.multi_get(keys)))
-        names = store.get("names").decode() if store.check(["names"]) else ""
-        if names.split(",")[number : number + 1] == [name]:
-            own = dist.PrefixStore(hashlib.sha256(names.encode()).hexdigest(), store)  # pyright: ignore[reportPrivateImportUsage]
-            own.set(keys[number], name)
-            if own.check(keys):
+        if number == 0 and store.check(keys) and (names := store.multi_get(keys)) != answered:
+            answered, together = names, hashlib.sha256(b"".join(names)).hexdigest()
+            for answer, other in zip(answers, names, strict=True):
+                store.set(answer, f"{other.decode()} {together}")
+        said = store.get(answers[number]).decode().split() if store.check([answers[number]]) else []
+        if said[:1] == [name]:  # of this start; the names of others may still be old, and the answer then changes
+            own = dist.PrefixStore(said[1], store)  # pyright: ignore[reportPrivateImportUsage]
+            if own.add("here", int(said[1] != joined_at)) == count:
                 return own
+            joined_at = said[1]
         time.sleep(0.05)
     raise RuntimeError(f"Timed out: not all of {count} processes were here {timeout:g} seconds after process {number}")
 
