@@ -188,7 +188,7 @@ class Encoder(Block):
 
     def _moments(self, h: Tensor, x: Tensor) -> Tensor:
         if hasattr(self, "quant_conv"):
-            h = self.quant_conv(h)
+            h = self.convolve(self.quant_conv, h)
         if hasattr(self, "shortcut"):
             mean, logvar = h.chunk(2, dim=1)
             h = torch.cat((mean + self.shortcut(F.pixel_unshuffle(x, self.block)), logvar), dim=1)
@@ -235,7 +235,7 @@ class Decoder(Block):
         return self._pixels(banded.run(self, self._unquantised(z)), z)
 
     def _unquantised(self, z: Tensor) -> Tensor:
-        return self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z
+        return self.convolve(self.post_quant_conv, z) if hasattr(self, "post_quant_conv") else z
 
     def _pixels(self, h: Tensor, z: Tensor) -> Tensor:
         return h + F.pixel_shuffle(self.shortcut(z), self.block) if hasattr(self, "shortcut") else h

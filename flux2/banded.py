@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from flux2.blocks import AttnBlock, Downsample, ResBlock, Upsample
 from kernels import group_norm_silu
+from kernels.conv import conv2d
 from kernels.upsample_conv import phase_kernels, upsample_padded
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ class Conv:
     def _convolve(self, held: Tensor) -> Tensor:
         weight, bias = self.conv.weight, self.conv.bias
         if self.stride == 1:
-            return F.conv2d(held, weight, bias, padding=(0, 1))
-        return F.conv2d(F.pad(held, (0, 1, 0, 0)), weight, bias, self.stride)
+            return conv2d(held, weight, bias, padding=(0, 1))
+        return conv2d(F.pad(held, (0, 1, 0, 0)), weight, bias, self.stride)
 
 
 class DoublingConv(Conv):

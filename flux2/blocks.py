@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import add_bias_group_stats, group_norm, norm_silu_conv2d, upsample_conv2d
+from kernels.conv import conv2d, in_fp32
 from kernels.dispatch import resolve
 from kernels.tiles import unsupported
 
@@ -65,11 +66,17 @@ class Block(nn.Module):
             return (y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)), None
         return add_bias_group_stats(y, residual, bias, self.num_groups, self.backend)
 
+    def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """conv(x), with fp32 inside where a CPU has no products of x's dtype."""
+        if self.backend == "torch" or not in_fp32(x):
+            return conv(x)
+        return conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)  # pyright: ignore[reportArgumentType]
+
     def conv_add(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """conv(x) + residual; with its statistics where one pass gives bias, sum and statistics."""
         if self.runs_triton(x):
             return self.add(F.conv2d(x, conv.weight, None, conv.stride, conv.padding), residual, conv.bias)
-        y = conv(x)
+        y = self.convolve(conv, x)
         return y if residual is None else residual + y, None
 
 
@@ -90,7 +97,7 @@ class ResBlock(Block):
         if not self.runs_triton(x):
             h = self.norm_silu_conv(self.norm1, self.conv1, x, stats)
             h = self.norm_silu_conv(self.norm2, self.conv2, h)
-            skip = x if self.same_width else self.nin_shortcut(x)
+            skip = x if self.same_width else self.convolve(self.nin_shortcut, x)
             mine = self.backend != "torch" and h.dtype == skip.dtype and not h.requires_grad  # nobody else has h
             return (h.add_(skip) if mine else h + skip), None
         h = self.norm_silu_conv(self.norm1, self.conv1, x, stats, with_bias=False)
@@ -119,7 +126,9 @@ class AttnBlock(Block):
             normed = norm(x)
         else:
             normed = group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, stats, backend=self.backend)
-        q, k, v = (m(normed).flatten(2).transpose(1, 2).unsqueeze(1) for m in (self.q, self.k, self.v))  # [N, 1, hw, C]
+        q, k, v = (
+            self.convolve(m, normed).flatten(2).transpose(1, 2).unsqueeze(1) for m in (self.q, self.k, self.v)
+        )  # [N, 1, hw, C]
         out = F.scaled_dot_product_attention(q, k, v)
         return self.conv_add(self.proj_out, out.squeeze(1).transpose(1, 2).reshape(x.shape), residual=x)
 

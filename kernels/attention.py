@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import GPU_TYPES, autocast_dtype, resolve, without_autocast
+from .dispatch import GPU_TYPES, autocast_dtype, call, resolve, without_autocast
 from .group_norm import NAMESPACE
 
 BACKENDS = ("torch", "sdpa", "flash", "xformers")
@@ -150,7 +150,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, backe
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "torch":
-        return attention_op(q, k, v, scale)
+        return call(attention_op, q, k, v, scale)
     run = _peer(chosen)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # both take [B, T, H, D]
     out = run(q, k, v, softmax_scale=scale) if chosen == "flash" else run(q, k, v, scale=scale)

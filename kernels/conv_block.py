@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .dispatch import autocast_dtype, resolve, tl, triton, without_autocast
+from .conv import conv2d, conv2d_backward
+from .dispatch import autocast_dtype, call, resolve, tl, triton, without_autocast
 from .group_norm import (
     NAMESPACE,
     check_norm,
@@ -206,7 +207,7 @@ def add_bias_group_stats(
         if other is not None and other.device != x.device:
             raise ValueError(f"{name}: {what}: expected a tensor on {x.device} like x, got one on {other.device}")
     backend = resolve(name, backend, x, unsupported=unsupported)
-    return add_bias_group_stats_op(x, residual, dense(bias), num_groups, backend)
+    return call(add_bias_group_stats_op, x, residual, dense(bias), num_groups, backend)
 
 
 # --- norm_silu_conv2d ----------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def norm_silu_conv2d_op(
     forward = triton_forward if backend == "triton" and x.numel() else aten_forward
     with without_autocast(x):
         h, computed = forward(x, norm_weight, norm_bias, input_bias, stats, num_groups, eps, True)
-        y = winograd_conv2d(h, weight, bias) if backend == "winograd" else F.conv2d(h, weight, bias, stride, padding)
+        y = winograd_conv2d(h, weight, bias) if backend == "winograd" else conv2d(h, weight, bias, stride, padding)
     return y.contiguous(memory_format=_conv_format(x, weight)), computed if stats is None else x.new_empty(0)
 
 
@@ -256,11 +257,7 @@ def norm_silu_conv2d_backward_op(
         seen = stats if given else None
         z, _ = aten_forward(x, norm_weight, norm_bias, input_bias, seen, num_groups, eps, False)
         h = F.silu(z)
-    pads = [padding, padding]
-    dh, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy, h, weight, [weight.shape[0]] if of_bias else None, [stride, stride], pads, [1, 1], False, [0, 0], 1,
-        [True, of_weight, of_bias],
-    )  # fmt: skip
+    dh, dweight, dbias = conv2d_backward(dy, h, weight, stride, padding, [True, of_weight, of_bias])
     del h
     if triton_runs:
         grads = triton_backward(dh, x, norm_weight, norm_bias, input_bias, stats, eps, True)
@@ -376,7 +373,19 @@ def norm_silu_conv2d(
     )
     if backend == "torch" and not learns and may_pay(x, weight, stride, padding):
         backend = "winograd"
-    y, _ = norm_silu_conv2d_op(
-        x, norm_weight, norm_bias, weight, bias, input_bias, stats, num_groups, eps, stride, padding, backend
+    y, _ = call(
+        norm_silu_conv2d_op,
+        x,
+        norm_weight,
+        norm_bias,
+        weight,
+        bias,
+        input_bias,
+        stats,
+        num_groups,
+        eps,
+        stride,
+        padding,
+        backend,
     )
     return y

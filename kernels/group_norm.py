@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import resolve, tl, triton
+from .dispatch import call, resolve, tl, triton
 from .group_norm_aten import aten_backward, aten_forward
 from .group_stats import triton_stats
 from .tiles import launch, place, plan, samples_per_pass, unsupported, walk
@@ -442,5 +442,5 @@ def _group_norm(op_name, x, weight, bias, num_groups, eps, stats, input_bias, ba
     check_norm(op_name, x, weight, bias, input_bias, num_groups, stats)
     backend = resolve(op_name, backend, x, unsupported=unsupported)
     weight, bias, input_bias, stats = weight.contiguous(), bias.contiguous(), dense(input_bias), detached(stats)
-    y, _ = group_norm_op(x, weight, bias, input_bias, stats, num_groups, eps, silu, backend)
+    y, _ = call(group_norm_op, x, weight, bias, input_bias, stats, num_groups, eps, silu, backend)
     return y

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import resolve, tl, triton
+from .dispatch import call, resolve, tl, triton
 from .group_norm import NAMESPACE
 from .tiles import launch
 
@@ -235,5 +235,5 @@ def repa_loss(pred: Tensor, target: Tensor, backend: str = "auto") -> Tensor:
             f"{target.dtype} {list(target.shape)} on {target.device}"
         )
     backend = resolve("repa_loss", backend, pred, unsupported=_unsupported)
-    loss, _ = repa_loss_op(pred, target, backend)
+    loss, _ = call(repa_loss_op, pred, target, backend)
     return loss

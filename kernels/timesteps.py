@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import resolve, tl, triton
+from .dispatch import call, resolve, tl, triton
 from .group_norm import NAMESPACE
 from .philox import normal, uniform
 from .tiles import launch, unsupported, walk
@@ -487,7 +487,9 @@ def sample_timesteps(
     device = torch.empty(0, device=device).device
     backend = resolve("sample_timesteps", backend, torch.empty(0, device=device))
     seed = seed - _SIGN if seed >= 2**63 else seed
-    return sample_timesteps_op(n, law, float(shift), float(mu), float(sigma), seed, step, first_index, device, backend)
+    return call(
+        sample_timesteps_op, n, law, float(shift), float(mu), float(sigma), seed, step, first_index, device, backend
+    )
 
 
 def flow_match_inputs(
@@ -527,6 +529,6 @@ def flow_match_inputs(
     seed = seed - _SIGN if seed >= 2**63 else seed
     noise, t = (None if g is None else g.detach() for g in (noise, t))
     t = None if t is None else t.float().contiguous()
-    return flow_match_inputs_op(
-        x, noise, t, law, float(shift), float(mu), float(sigma), seed, step, first_index, backend
+    return call(
+        flow_match_inputs_op, x, noise, t, law, float(shift), float(mu), float(sigma), seed, step, first_index, backend
     )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .conv import conv2d
 from .dispatch import autocast_dtype, resolve, without_autocast
 
 
@@ -69,7 +70,7 @@ def upsample_padded(padded: Tensor, kernels: Tensor, bias: Tensor | None) -> Ten
         p, q = divmod(phase, 2)
         window = padded.narrow(rows, p, height + 1).narrow(rows + 1, q, width + 1)
         window = window.permute(0, 3, 1, 2) if channels_last else window
-        phases.append(F.conv2d(window, kernel, bias))
+        phases.append(conv2d(window, kernel, bias))
     return _interleave(phases, channels_last)
 
 

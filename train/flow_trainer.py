@@ -191,9 +191,11 @@ class FlowTrainer:
         if len(self.guards) > 1:  # what breaks the gradients of one breaks the update of all
             found = [p.grad for g in self.guards.values() for p in g.named.values() if p.grad is not None]
             judged["gradients"] = torch.stack(torch._foreach_norm(found)).norm()  # pyright: ignore
-        norms = [g.update(step, judged, ranks) for g in self.guards.values()]
-        for ema in self.emas.values():
-            ema.update(self.model, step)
+        emas = list(self.emas.values())
+        norms = [g.update(step, judged, ranks, emas) for g in self.guards.values()]
+        done = set().union(*(g.averaged for g in self.guards.values()))
+        for ema in emas:
+            ema.update(self.model, step, but=done)
         return {**sums, "grad_norm": torch.stack(norms).norm()}
 
     def bins(self) -> list[float]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from flux2.ema import EMA
+from kernels.adamw import adamw_
 
 LEAST_UPDATES = 3  # without a gradient, before a parameter is called dead
 
@@ -80,8 +83,9 @@ class GuardedOptimiser:
     """Clips gradients and updates, unless a loss term or a gradient is NaN or infinite: then nothing changes.
 
     A skipped update leaves weights, moments and step counts bit for bit as they were. `optimiser` is a fused one, which
-    reads on the device whether to skip, or any other, for which the host waits. named: the parameters it updates.
-    clip: largest norm of all gradients together.
+    reads on the device whether to skip, or any other, for which the host waits. A fused AdamW clips, updates and takes
+    averages along in one pass over memory (`kernels.adamw`). named: the parameters it updates. clip: largest norm of
+    all gradients together.
     """
 
     def __init__(
@@ -93,13 +97,19 @@ class GuardedOptimiser:
         # step, names, terms and norm, norm of each gradient, which processes broke
         self._window: list[tuple[int, list[str], Tensor, Tensor, Tensor | None]] = []
         self._fused = bool(optimiser.defaults.get("fused"))
+        plain = not optimiser.defaults.get("amsgrad") and not optimiser.defaults.get("maximize")
+        self._one_pass = self._fused and plain and isinstance(optimiser, torch.optim.AdamW)
+        self.averaged: set[Tensor] = set()  # parameters whose averages the last update took along
 
     @torch.no_grad()
-    def update(self, step: int, terms: Mapping[str, Tensor], ranks: Tensor | None = None) -> Tensor:
+    def update(
+        self, step: int, terms: Mapping[str, Tensor], ranks: Tensor | None = None, averages: Sequence[EMA] = ()
+    ) -> Tensor:
         """One update from the gradients that lie in the parameters, which it then frees. Returns their norm, a scalar.
 
         terms: scalars by name; a broken one skips the update and is named. Gradients and terms are those of all
-        processes, so that all do the same; ranks: of `dist.mean_terms`.
+        processes, so that all do the same; ranks: of `dist.mean_terms`. averages: take in, skipped or not, what is then
+        there, if the update can take them along: of the parameters in `averaged`.
         """
         with_gradient = [p for p in self.named.values() if p.grad is not None]
         gradients: list[Tensor] = [_own(p.grad) for p in with_gradient if p.grad is not None]
@@ -115,15 +125,32 @@ class GuardedOptimiser:
         values = torch.stack([*(t.detach().float().reshape(()) for t in terms.values()), norm])
         broken = ~torch.isfinite(values).all()
         factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
-        if self._fused:
-            self.optimiser.grad_scale, self.optimiser.found_inf = None, broken.float()  # type: ignore[attr-defined]
-            self.optimiser.step()
-        elif not broken.item():
-            self.optimiser.step()
+        self.averaged = set()
+        if self._one_pass:
+            self._adamw(step, factor, broken, averages)
+        else:
+            torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+            if self._fused:
+                self.optimiser.grad_scale, self.optimiser.found_inf = None, broken.float()  # type: ignore[attr-defined]
+            if self._fused or not broken.item():
+                self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self._window.append((step, list(terms), values, norms, ranks))
         return norm
+
+    def _adamw(self, step: int, factor: Tensor, broken: Tensor, averages: Sequence[EMA]) -> None:
+        """optimiser.step() with gradients times `factor`, unless `broken`, and the averages of what it updates."""
+        assert isinstance(self.optimiser, torch.optim.AdamW)
+        for group in self.optimiser.param_groups:
+            rows: list[list[Tensor]] = [[], [], [], [], [], []]
+            self.optimiser._init_group(group, *rows)
+            params, gradients, first, second, _, counts = rows
+            adamw_(
+                params, gradients, first, second, counts, [[ema.of(p) for p in params] for ema in averages],
+                lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+                weights=[ema.weight(step) for ema in averages], factor=factor, skip=broken,
+            )  # fmt: skip
+            self.averaged.update(params if averages else ())
 
     def forget(self) -> None:
         """After going back to an older state: what was skipped since then is no longer in a row."""

@@ -214,14 +214,15 @@ class VaeTrainer:
         terms, ranks = dist.mean_terms(own, DERIVED)
         watched = {n: t for n, t in terms.items() if n not in DERIVED}  # so that what broke is named, not what follows
         dist.average(p.grad for p in self.extra.parameters() if p.grad is not None)  # the rest: while it was computed
-        terms["grad_norm"] = self.guards["autoencoder"].update(step, watched, ranks)
+        guard = self.guards["autoencoder"]
+        terms["grad_norm"] = guard.update(step, watched, ranks, self.emas)
         if self.adversary is not None:
             self.adversary.start.observe(step, terms["recon"])
             if judged:
                 seen, ranks = dist.mean_terms(_mean(judged))
                 terms |= seen | {"d_grad_norm": self.adversary.update(step, seen, rate, ranks)}
         for ema in self.emas:
-            ema.update(self.ae, step)
+            ema.update(self.ae, step, but=guard.averaged)
         return terms
 
     def generate(

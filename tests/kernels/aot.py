@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels
 from kernels import dispatch
+from kernels.adamw import adamw_
 from kernels.tiles import TILES
 from kernels.timesteps import LAWS
 
@@ -114,6 +115,14 @@ def use_flow_ops(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype
     kernels.repa_loss(p, y.detach(), backend="triton").backward()
 
 
+def use_adamw(offset: int) -> None:
+    """With two averages and all switches on, and with all off; memory begins `offset` elements after an aligned one."""
+    settings = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "backend": "triton"}
+    p = [torch.zeros(5000)[offset:]]
+    adamw_(p, p, p, p, [torch.zeros(())], [p, p], weights=(0.1, 0.1), factor=p[0][0], skip=p[0][0], **settings)
+    adamw_(p, p, p, p, [torch.zeros(())], **settings)
+
+
 def switches(kernel, compiled) -> str:
     """The constexprs that are on."""
     on = {k[0]: v for k, v in compiled.src.constants.items()}
@@ -176,17 +185,23 @@ def report(target_name: str) -> dict[str, dict]:
     target = TARGETS[target_name]
     read = read_amd if target.backend == "hip" else read_nvidia
     rows = {}
+
+    def add(case, dtype, found):
+        for kernel, compiled in found:
+            name = f"{case} {str(dtype)[6:]} {kernel.__name__} {switches(kernel, compiled)}".strip()
+            if name not in rows:
+                rows[name] = read(compiled) | {"shared": compiled.metadata.shared}
+                if case in ("last-128", "flat") and takes_numbers(compiled):
+                    rows[name]["fp64"] += read(with_fp64_numbers(kernel, compiled, target))["fp64"]
+
     for case, (shape, channels_last, dtypes) in CASES.items():
         for dtype in dtypes:
             found = compiled_kernels(target, lambda s=shape, c=channels_last, d=dtype: use_norms(s, c, d))
             if case in FLOW_CASES:
                 found += compiled_kernels(target, lambda s=shape, c=channels_last, d=dtype: use_flow_ops(s, c, d))
-            for kernel, compiled in found:
-                name = f"{case} {str(dtype)[6:]} {kernel.__name__} {switches(kernel, compiled)}".strip()
-                if name not in rows:
-                    rows[name] = read(compiled) | {"shared": compiled.metadata.shared}
-                    if case == "last-128" and takes_numbers(compiled):
-                        rows[name]["fp64"] += read(with_fp64_numbers(kernel, compiled, target))["fp64"]
+            add(case, dtype, found)
+    for case, offset in (("flat", 0), ("flat-ragged", 1)):
+        add(case, torch.float32, compiled_kernels(target, lambda o=offset: use_adamw(o)))
     return rows
 
 

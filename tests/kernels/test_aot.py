@@ -16,8 +16,11 @@ AOT = Path(__file__).with_name("aot.py")
 TABLE = json.loads(AOT.with_name("aot_table.json").read_text())
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block may ask for
 REGISTER_LIMIT = 128  # four blocks of 128 threads a multiprocessor
-UNALIGNED = ("last-ragged", "first-ragged")  # cannot be read 16 bytes at a time
-STORES = ("_apply_kernel", "_grad_input_kernel", "_add_bias_stats_kernel", "_flow_match_kernel", "_repa_bwd_kernel")
+UNALIGNED = ("last-ragged", "first-ragged", "flat-ragged")  # cannot be read 16 bytes at a time
+STORES = (
+    "_apply_kernel", "_grad_input_kernel", "_add_bias_stats_kernel", "_flow_match_kernel", "_repa_bwd_kernel",
+    "_adamw_kernel",
+)  # fmt: skip
 
 
 def aot(cache: Path, *arguments: str):

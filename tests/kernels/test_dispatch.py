@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import dispatch
-from kernels.dispatch import resolve
+from kernels.dispatch import call, resolve
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.zeros(1)
@@ -81,3 +81,55 @@ def test_interpreting_is_the_environment_at_import(value, expected, monkeypatch)
     code = "from kernels import dispatch as d; import os; os.environ['TRITON_INTERPRET'] = '1'; print(d.interpreting())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert out.stdout.strip() == expected, out.stderr[-2000:]
+
+
+class Operation:
+    """Stands in for a registered operation: says by which way it was called."""
+
+    def __call__(self, *arguments):
+        return "registered"
+
+    def _init_fn(self, *arguments):
+        return "direct"
+
+
+def way(*arguments):
+    return call(Operation(), *arguments)
+
+
+def test_operations_are_called_directly_where_nobody_watches():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    assert way(CPU, None, 3, "auto") == "direct"
+    with torch.no_grad():
+        assert way(CPU, parameter) == "direct"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_operations_go_through_their_registration_where_somebody_does():
+    """Autograd, transforms, modes, subclasses, meta tensors, tracers and compilers"""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found = {"gradient": way(CPU, torch.zeros(2, requires_grad=True)), "meta": way(CPU.to("meta"))}
+    with FakeTensorMode() as mode:
+        found["mode"] = way(CPU)
+        fake = mode.from_tensor(CPU)
+    found["subclass"] = way(fake)
+    with FlopCounterMode(display=False):
+        found["flop counter"] = way(CPU)
+    torch.vmap(lambda x: found.setdefault("vmap", way(CPU)) and x)(torch.zeros(2, 2))
+    torch.jit.trace(lambda x: found.setdefault("tracer", way(x)) and x, torch.zeros(2))
+    torch.compile(lambda x: found.setdefault("compiler", way(x)) and x, backend="eager", fullgraph=True)(CPU)
+    assert len(found) == 8 and set(found.values()) == {"registered"}, found
+
+
+def test_both_ways_give_the_same():
+    from kernels import group_norm_silu, norm_silu_conv2d
+
+    x, w, weight = torch.randn(2, 8, 5, 5), torch.randn(8), torch.randn(4, 8, 3, 3)
+    for f in (
+        lambda *t: group_norm_silu(*t, num_groups=4),
+        lambda *t: norm_silu_conv2d(*t, weight, None, num_groups=4),
+    ):
+        direct = f(x, w, w)
+        assert torch.equal(direct, f(x.clone().requires_grad_(), w, w).detach()) and not direct.requires_grad

@@ -57,9 +57,9 @@ def gradients(trainer, step, batch):
     for guard in trainer.guards.values():
         real = guard.update
 
-        def update(step, terms, ranks=None, guard=guard, real=real):
+        def update(step, terms, *more, guard=guard, real=real):
             found.update({n: p.grad.clone() for n, p in guard.named.items() if p.grad is not None})
-            return real(step, terms)
+            return real(step, terms, *more)
 
         guard.update = update
     terms = trainer.step(step, batch)

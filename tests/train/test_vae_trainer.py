@@ -181,7 +181,7 @@ def gradients_of_a_step(config, step=STEP):
     trainer, seen = shifted(trainer_of(config)), {}
     for name, guard in trainer.guards.items():
 
-        def update(step, terms, ranks=None, name=name, guard=guard, call=guard.update):
+        def update(step, terms, *more, name=name, guard=guard, call=guard.update):
             seen[name] = {n: p.grad.clone() for n, p in guard.named.items() if p.grad is not None}
             return call(step, terms)
 
