@@ -10,7 +10,7 @@ holds their medians, and the median over rounds of diffusers' time over ours. `k
 for backward, weights not counted. The breakdown is the profiler's, of one call. Attention is the middle block's: one
 head of 512 channels over all positions, by each backend that a CPU has (flash-attn and xformers need a GPU).
 
-Each row is written to benchmarks/results/autoencoder-cpu.json when it is measured. A run with the same processor,
+Each row is written to benchmarks/results/autoencoder-PROCESSOR.json when it is measured. A run with the same processor,
 threads, versions and sources goes on where the last one stopped; any other starts anew. Exit code 1: a ratio is below
 its floor.
 """
@@ -34,15 +34,16 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")) if p not in sys.path]
 from gpu_report import sources  # noqa: E402 - after the path
 from high_resolution import measured  # noqa: E402
-from measure import environment, interleaved  # noqa: E402
+from measure import environment, interleaved, slug  # noqa: E402
 from whole_models import Entrant, entrants  # noqa: E402
 
 from flux2.autoencoder import AUTOENCODERS  # noqa: E402
 from flux2.checkpoints import save_json  # noqa: E402
 from kernels import attention  # noqa: E402
+from kernels.dispatch import multiplies  # noqa: E402
 
 CPU = torch.device("cpu")
-RESULTS = ROOT / "benchmarks" / "results" / "autoencoder-cpu.json"
+RESULTS = ROOT / "benchmarks" / "results" / f"autoencoder-{slug(CPU)}.json"
 KINDS = ("decode", "encode", "train step", "attention")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONTESTANTS = ("ours", "diffusers NCHW", "diffusers channels_last")
@@ -248,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
             calls = attention_calls(args.holds, args.size)
             print(json.dumps({name: measured(call)[1] for name, call in calls.items()}))
         return 0
-    report: dict[str, Any] = {"environment": environment(CPU) | {"sources": sources()}, "rows": {}}
+    has = {"sources": sources(), "bf16_products": multiplies(torch.bfloat16)}
+    report: dict[str, Any] = {"environment": environment(CPU) | has, "rows": {}}
     if args.out.exists():
         try:
             before = json.loads(args.out.read_text())

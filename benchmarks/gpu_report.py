@@ -5,7 +5,8 @@
     python benchmarks/gpu_report.py --docs                       # only rewrite the tables of docs/kernels.md
 
 Sections, in order: `correctness` (full-size tensors against fp64 in the tests' tolerance, and the same bits twice),
-`kernels` (each op against eager, compiled, Liger and a copy), `autoencoder` (decode, encode and a training step against
+`kernels` (each op against eager, compiled, Liger and a copy), `updates` (AdamW with clipping and an average in one
+launch against torch's calls), `autoencoder` (decode, encode and a training step against
 stock modules and diffusers). Every row is written to benchmarks/results/gpu-NAME.json as soon as it is measured; a run
 with the same GPU, versions and sources goes on where the last one stopped, any other starts anew. Peers that are not
 installed are listed as missing. Needs torch, triton, numpy and safetensors.
@@ -35,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(p) for p in (ROOT, ROOT / "tests", ROOT / "benchmarks") if str(p) not in sys.path]
 import cases  # noqa: E402 - after the path
 import guard  # noqa: E402
+import updates  # noqa: E402
 import whole_models  # noqa: E402
 from cases import Case  # noqa: E402
 from gradients import check, eager_norm, run  # noqa: E402
@@ -48,9 +50,9 @@ from kernels.dispatch import interpreting  # noqa: E402
 from kernels.timesteps import LAWS  # noqa: E402
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs" / "kernels.md"
-SECTIONS = ("correctness", "kernels", "autoencoder")
+SECTIONS = ("correctness", "kernels", "updates", "autoencoder")
 # Seconds that one more row may take: no row is started that may end too late
-SECONDS = {"correctness": 20, "kernels": 30, "autoencoder": 60, "autoencoder, compiled": 420}
+SECONDS = {"correctness": 20, "kernels": 30, "updates": 30, "autoencoder": 60, "autoencoder, compiled": 420}
 SOURCES = (
     "kernels/*.py", "flux2/blocks.py", "flux2/autoencoder.py", "benchmarks/*.py", "tests/gradients.py",
     "tests/tolerance.py",
@@ -218,7 +220,15 @@ def rows_of(section: str, device: torch.device, tiny: bool) -> dict[str, tuple[C
             for sizes in features:
                 name = f"repa_loss {'x'.join(map(str, sizes))} {str(dtype)[6:]}"
                 rows[name] = (lambda a=(sizes, dtype, device): alignment(*a), SECONDS[section])
+        backend = "triton" if device.type != "cpu" or interpreting() else "torch"
+        rows["adamw_"] = (lambda: updates.check(device, backend), SECONDS[section])
         return rows
+    if section == "updates":
+        if tiny:
+            return {
+                "tiny": (lambda: updates.compare("tiny", device, rounds=3, shapes=[(5, 7), (3,)]), SECONDS[section])
+            }
+        return {m: (lambda m=m: updates.compare(m, device, rounds=50), SECONDS[section]) for m in updates.MODELS}
     if section == "kernels":
         every = [case for op in cases.OPS for case in cases.cases(op, device)]
         if tiny:
@@ -303,7 +313,9 @@ def markdown(report: dict[str, Any]) -> str:
         good = sum(row["ok"] for row in rows.values())
         out += [f"{good} of {len(rows)} comparisons with fp64 pass, values and all gradients, same bits twice.", ""]
         out += [f"- wrong: {name}: {row['why']}" for name, row in rows.items() if not row["ok"]]
-    for section, table in (("kernels", cases.lines), ("autoencoder", whole_models.lines)):
+    for section, table in (
+        ("kernels", cases.lines), ("updates", updates.lines), ("autoencoder", whole_models.lines)
+    ):  # fmt: skip
         rows = sections.get(section, {})
         if good := [row for row in rows.values() if row["ok"]]:
             out += [*table(good), ""]
