@@ -8,8 +8,8 @@ FLUX.2's decoder with an eighth of its width, for sides that take hours at full 
     python benchmarks/high_resolution.py --model flux.2 --side 1024 --dtype fp32    # four rows, minutes
     python benchmarks/high_resolution.py --table                                    # what was measured so far
 
-Rows go to benchmarks/results/high-resolution.json, one by one; those that are there of the same machine are kept, and
---again measures them anew. docs/high-resolution.md shows them.
+Rows go to benchmarks/results/high-resolution.json, one by one; those that are there of the same packages and threads
+are kept, each with its processor, and --again measures them anew. docs/high-resolution.md shows them.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def rows_of(model: str, side: int, dtype: str, ways: tuple[str, ...], threads: i
                 raise RuntimeError(f"{model} {way} {side} {dtype}: {done.stderr.strip().splitlines()[-1:]}")
             row = {
                 "commit": environment(torch.device("cpu"))["commit"],
+                "device": environment(torch.device("cpu"))["device"],
                 "model": model,
                 "way": way,
                 "side": side,
@@ -139,17 +140,20 @@ def rows_of(model: str, side: int, dtype: str, ways: tuple[str, ...], threads: i
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row a decode"""
     out = ["| decoder | picture, dtype | way | peak, MiB | bound, MiB | seconds | relative error |", "|---" * 7 + "|"]
-    for row in results["rows"].values():
+    device_of = [row.get("device", results["environment"]["device"]) for row in results["rows"].values()]
+    devices = sorted(set(device_of))
+    for row, device in zip(results["rows"].values(), device_of, strict=True):
         bound = f"{row['bound_bytes'] / 2**20:,.0f}" if "bound_bytes" in row else ""
         error = f"{row['error']:.1e}" if "error" in row else ""
         picture = f"{row['side']} x {row['side']}, {row['dtype']}"
         peak = f"{row['peak_bytes'] / 2**20:,.0f}"
-        seconds = f"{row['seconds']:.{0 if row['seconds'] >= 100 else 1}f}"
+        seconds = f"{row['seconds']:.{0 if row['seconds'] >= 100 else 1}f}" + "*" * devices.index(device)
         out.append(f"| {row['model']} | {picture} | {NAMES[row['way']]} | {peak} | {bound} | {seconds} | {error} |")
     env = results["environment"]
     commits = " and ".join(sorted({row["commit"] for row in results["rows"].values()}))
     packages = f"torch {env['packages']['torch']}, diffusers {env['packages']['diffusers']}"
-    return "\n".join(out) + f"\n\n{env['device']}, threads {env['threads']}, {packages}, commit {commits}.\n"
+    machines = ", ".join(f"{'*' * i}{name}" for i, name in enumerate(devices))
+    return "\n".join(out) + f"\n\n{machines}; threads {env['threads']}, {packages}, commit {commits}.\n"
 
 
 def main() -> int:
@@ -174,7 +178,9 @@ def main() -> int:
     results: dict[str, Any] = {"environment": env, "rows": {}}
     if args.out.exists():
         before = json.loads(args.out.read_text())
-        same = all(before["environment"][k] == env[k] for k in ("device", "threads", "packages"))
+        same = all(before["environment"][k] == env[k] for k in ("threads", "packages"))
+        for row in before["rows"].values():
+            row.setdefault("device", before["environment"]["device"])
         results = {"environment": env, "rows": before["rows"]} if same or args.table else results
         if args.table:
             print(table(before))

@@ -1,4 +1,4 @@
-"""Writes the README's speed table from benchmarks/results/autoencoder-cpu.json.
+"""Writes the README's speed tables from benchmarks/results/autoencoder-PROCESSOR.json, one a processor.
 
 python benchmarks/compare_autoencoder.py && python docs/make_speed.py
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, README = ROOT / "benchmarks" / "results" / "autoencoder-cpu.json", ROOT / "README.md"
+RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
 MARKED = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.DOTALL)
 
 
@@ -28,12 +28,14 @@ def table(results: dict[str, Any]) -> str:
     env = results["environment"]
     versions = f"torch {env['packages']['torch']}, diffusers {env['packages']['diffusers']}"
     about = f"{env['device']}, {env['threads']} threads, {versions} in its faster memory format, commit {env['commit']}"
-    return "\n".join([*lines, "", f"{about}."]) + "\n"
+    without = "" if env.get("bf16_products", True) else " This processor has no instructions that multiply bf16."
+    return "\n".join([*lines, "", f"{about}.{without}"]) + "\n"
 
 
 def filled(page: str) -> str:
-    """The page with the table of the committed results."""
-    return MARKED.sub(lambda m: m[1] + table(json.loads(RESULTS.read_text())) + m[2], page)
+    """The page with the tables of the committed results."""
+    tables = [table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("autoencoder-*.json"))]
+    return MARKED.sub(lambda m: m[1] + "\n".join(tables) + m[2], page)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,12 @@ MUTANTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("timesteps.py", "first_index + sample, step, NOISE_STREAM", "first_index + sample * 0, step, NOISE_STREAM"),
     ),
     "noise in the order of memory": (("timesteps.py", "element = c * L + s", "element = i"),),
+    "second moment without its bias correction": (
+        ("adamw.py", "tl.sqrt_rn(_one_minus_power(log_b2, count))", "1.0"),
+    ),
+    "a skipped update that moves the weights": (("adamw.py", "tl.where(there, p_new, p)", "p_new"),),
+    "average of the weights before the update": (("adamw.py", "at, keep, p_new, w0", "at, keep, p, w0"),),
+    "last element of a tensor left out": (("adamw.py", "t, at, at < size, lr", "t, at, at < size - 1, lr"),),
 }  # fmt: skip
 
 # Three channels a group, odd sides, spatial rank 1 to 3, cut chunks; the last needs three of them in channels_last
@@ -97,6 +103,7 @@ def compare(package) -> None:
             close(stats[..., 0], values.mean(2), 1e-6, "mean of what is stored", values.abs().max())
             close(stats[..., 1], values.var(2, correction=0), 2e-6, "variance of what is stored")
         compare_flow(package, shape)
+    compare_adamw(package)
     far, w, b = randn((1, 8, 16, 24)) * 0.1 + 300, torch.ones(8), torch.zeros(8)
     y = package.group_norm(far, w, b, 2, backend="triton")
     close(y, eager_norm(2, silu=False)(far.double(), w.double(), b.double()), 1e-3, "norm of values far from zero")
@@ -125,6 +132,25 @@ def compare_flow(package, shape) -> None:
         got, truth = (package.flow_match_inputs(x, shift=4.63, seed=3, backend=b) for b in ("triton", "torch"))
         for a, b in zip(got, truth, strict=True):
             close(a, b.double(), 1e-5, "flow inputs")
+
+
+def compare_adamw(package) -> None:
+    """Three updates, the second skipped, of tensors that end in a block and at its end."""
+    adamw = importlib.import_module(f"{package.__name__}.adamw")
+    shapes = ((5,), (adamw.BLOCK,), (adamw.BLOCK + 3,))
+    start = [[randn(s) for s in shapes], *([torch.zeros(s) for s in shapes] for _ in range(2))]
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        torch.manual_seed(1)
+        p, m, v = ([t.to(dtype) for t in row] for row in start)
+        steps, averages = [torch.zeros(()) for _ in shapes], [t.clone() for t in p]
+        for broken in (False, True, False):
+            grads = [torch.randn(s).to(dtype) for s in shapes]
+            adamw.adamw_(p, grads, m, v, steps, [averages], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1,
+                         weights=[0.3], skip=torch.tensor(broken), backend=backend)  # fmt: skip
+        found.append([*p, *m, *v, *steps, *averages])
+    for got, truth in zip(*found, strict=True):
+        close(got, truth, 1e-5, "update")
 
 
 def close(got, truth, tolerance: float, what: str, size=None) -> None:

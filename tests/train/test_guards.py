@@ -61,6 +61,27 @@ def test_a_broken_update_changes_nothing_and_is_named(fused, fault):
     assert guard.read() == ([], []) and guard.in_a_row == 0 and guard.skipped == 1
 
 
+def test_averages_are_taken_along():
+    """The same as after the update, of what had a gradient; the rest is left to `EMA.update`, frozen or not"""
+    model, _, guard = setup()
+    other, _, apart = setup()
+    both = [[EMA(m, decay) for decay in (0.5, 0.9)] for m in (model, other)]
+    for step in range(4):
+        for m, g, emas in ((model, guard, both[0]), (other, apart, both[1])):
+            backward(m)
+            if step == 2:  # the first layer's bias moves without a gradient
+                m[0].bias.grad = None
+                m[0].bias.data.add_(1)
+            g.update(step, {"l1": torch.tensor(math.nan if step == 3 else 1.0)}, averages=emas if m is model else ())
+            for ema in emas:
+                ema.update(m, step, but=g.averaged)
+        assert len(guard.averaged) == (3 if step == 2 else 4) and not apart.averaged
+    for mine, theirs in zip(*both, strict=True):
+        for a, b in zip(mine.model.parameters(), theirs.model.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+        assert not torch.equal(mine.model[0].bias, model[0].bias)
+
+
 def test_an_unbroken_update_is_clip_grad_norm_and_the_optimiser():
     model, _, guard = setup(clip=0.01)
     other, optimiser, _ = setup()
