@@ -118,8 +118,8 @@ def use_flow_ops(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype
 def use_adamw(offset: int) -> None:
     """With two averages and all switches on, and with all off; memory begins `offset` elements after an aligned one."""
     settings = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "backend": "triton"}
-    p = [torch.zeros(5000)[offset:]]
-    adamw_(p, p, p, p, [torch.zeros(())], [p, p], weights=(0.1, 0.1), factor=p[0][0], skip=p[0][0], **settings)
+    p, broken = [torch.zeros(5000)[offset:]], torch.zeros((), dtype=torch.bool)
+    adamw_(p, p, p, p, [torch.zeros(())], [p, p], weights=(0.1, 0.1), factor=p[0][0], skip=broken, **settings)
     adamw_(p, p, p, p, [torch.zeros(())], **settings)
 
 
