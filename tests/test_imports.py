@@ -94,10 +94,14 @@ def test_import_is_light_and_needs_torch_and_safetensors_only():
     assert python(blocked + use).strip() == "128"
 
 
-def test_import_takes_under_three_seconds():
-    """Of processor time, torch and the interpreter included, in the best of three: a busy machine does not fail it."""
-    times = [float(python("import kernels, flux2, time; print(time.process_time())")) for _ in range(3)]
-    assert min(times) < 3, times
+def test_import_takes_little_longer_than_torchs():
+    """In processor time, the best of three each, so that neither a slow nor a busy machine fails it."""
+
+    def seconds(modules):
+        return min(float(python(f"import {modules}, time; print(time.process_time())")) for _ in range(3))
+
+    ours, torchs = seconds("kernels, flux2"), seconds("torch")
+    assert ours < 1.5 * torchs, (ours, torchs)
 
 
 def test_transformers_and_diffusers_import_beside_ours():
