@@ -201,7 +201,7 @@ def test_published_weights_give_what_their_code_gives(name, tmp_path):
     torch.testing.assert_close(v.double(), expected, rtol=1e-5, atol=atol)
     torch.testing.assert_close(features.double(), first, rtol=1e-5, atol=atol)
     (got,), (dz,) = (torch.autograd.grad(out.double().square().sum(), z) for out in (v, expected))
-    torch.testing.assert_close(got, dz, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, dz, rtol=1e-4, atol=10 * atol)
 
 
 def test_the_convention_matters():
