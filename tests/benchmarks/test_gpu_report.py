@@ -11,7 +11,7 @@ import pytest
 from gpu_report import main, with_tables
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--device", "cpu", "--tiny"]
+TINY = ["--device", "cpu", "--tiny", "--minutes", "60"]
 # What the report must do without
 OPTIONAL = (
     "tyro",
@@ -53,7 +53,7 @@ def test_every_section_has_every_row_and_says_on_what(ran):
     env = report["environment"]
     assert env["tiny"] and env["sources"] == gpu_report.sources() and env["packages"]["torch"]
     assert {"commit", "device", "driver", "cuda", "threads", "python"} <= env.keys()
-    assert "26 of 26 comparisons with fp64 pass" in said and "| decode 8x8 batch 1 |" in said
+    assert "27 of 27 comparisons with fp64 pass" in said and "| decode 8x8 batch 1 |" in said
 
 
 @pytest.mark.gpu
@@ -111,7 +111,7 @@ def test_nothing_is_timed_while_a_kernel_is_wrong(tmp_path, monkeypatch, capsys)
         raise AssertionError("error 1.0, eager 0.1, floor 0.0")
 
     fine = {"good": (lambda: {}, 0)}
-    rows = {"correctness": {"bad one": (broken, 0), **fine}, "kernels": fine, "autoencoder": fine}
+    rows = {"correctness": {"bad one": (broken, 0), **fine}, "kernels": fine, "updates": fine, "autoencoder": fine}
     monkeypatch.setattr(gpu_report, "rows_of", lambda section, *a: rows[section])
     monkeypatch.setattr(gpu_report, "markdown", lambda report: "")
     out = tmp_path / "report.json"
@@ -227,4 +227,4 @@ def test_tables_are_written_from_reports(ran, tmp_path, monkeypatch):
     file.write_text(ran[1].read_text().replace('"tiny": true', '"tiny": false'))
     table = gpu_report.gpu_tables()
     ms = json.loads(ran[1].read_text())["sections"]["autoencoder"]["decode 8x8 batch 1"]["contestants"]["ours"]["ms"]
-    assert "26 of 26 comparisons" in table and f"| decode 8x8 batch 1 | {ms:.4g} ms" in table
+    assert "27 of 27 comparisons" in table and f"| decode 8x8 batch 1 | {ms:.4g} ms" in table
