@@ -49,11 +49,11 @@ def break_loss(times):
 def record(folder):
     update, seen = guards.GuardedOptimiser.update, {"samples": []}
 
-    def noted(self, step, terms, ranks=None):
+    def noted(self, step, terms, *more):
         grads = {n: p.grad.detach() for n, p in self.named.items() if p.grad is not None}
         if step < 2 and dist.is_main() and not any(hasattr(g, "full_tensor") for g in grads.values()):
             tensor_files.save_tensors(folder / f"{next(iter(self.named))}-{step}.safetensors", grads)
-        return update(self, step, terms, ranks)
+        return update(self, step, terms, *more)
 
     guards.GuardedOptimiser.update = noted
     for trainer in (vae_trainer.VaeTrainer, flow_trainer.FlowTrainer):
