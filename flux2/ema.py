@@ -38,9 +38,13 @@ class EMA(Generic[Model]):
     def update(self, model: nn.Module, step: int, but: Container[Tensor] = ()) -> None:
         """Takes in the weights of `model` after its update number `step` (counted from 0).
 
-        but: parameters whose averages are up to date, for the optimiser's pass over memory took them along.
+        but: parameters whose averages (`of`) are up to date, for the optimiser's pass over memory took them along.
         """
-        pairs = [(e, p) for e, p in zip(self.model.parameters(), model.parameters(), strict=True) if p not in but]
+        pairs = [
+            (e, p)
+            for e, p in zip(self.model.parameters(), model.parameters(), strict=True)
+            if p not in but or self.of(p) is not e
+        ]
         if pairs:
             averages, weights = (list(column) for column in zip(*pairs, strict=True))
             torch._foreach_lerp_(averages, weights, self.weight(step))  # pyright: ignore[reportPrivateImportUsage]

@@ -58,7 +58,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.conv2d(x, weight, bias, padding=1) where `may_pay`; no gradient. [N, C, H, W] -> [N, C_out, H, W] of x's dtype.
 
     channels_last, whatever x is; fp32 inside. Needs three times CHUNK_BYTES and the transformed weights beside input
-    and output.
+    and output, and of 16 bits both of them in fp32, too.
     """
     n, channels, height, width = x.shape
     if height * width < LEAST_PIXELS:

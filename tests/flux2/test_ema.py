@@ -20,6 +20,19 @@ def test_average_follows_the_recursion():
     torch.testing.assert_close(ema.model.weight.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_only_averages_of_its_own_parameters_are_passed_over():
+    """A parameter that was replaced has no average that anybody else could have brought up to date"""
+    model = nn.Linear(2, 2)
+    ema = EMA(model, decay=0.5)
+    model.bias = nn.Parameter(torch.full((2,), 3.0))
+    before = ema.model.weight.clone()
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert ema.of(model.weight) is ema.model.weight and ema.of(model.bias) is None
+    ema.update(model, 100, but={model.weight, model.bias})
+    assert torch.equal(ema.model.weight, before) and ema.model.bias.max() > 1
+
+
 def test_average_is_frozen_and_copies_buffers():
     model = nn.BatchNorm1d(3)
     ema = EMA(model, decay=0.5)
