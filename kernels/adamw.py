@@ -174,9 +174,14 @@ def _lerp(params, averages, weights):
 # --- public --------------------------------------------------------------------------------------------------------
 
 
+def _order(t: Tensor) -> list[int]:
+    """Strides of sides that are longer than one: those of others say nothing."""
+    return [stride for stride, side in zip(t.stride(), t.shape, strict=True) if side > 1]
+
+
 def _laid_out(t: Tensor, p: Tensor) -> bool:
     """Whether t lies in memory as p does, without gaps: both backends walk memory, torch's on a CPU without a look."""
-    return t.stride() == p.stride() and (t.is_contiguous() or t.stride() == torch.empty_like(t, device="meta").stride())
+    return _order(t) == _order(p) and (t.is_contiguous() or _order(t) == _order(torch.empty_like(t, device="meta")))
 
 
 @torch.no_grad()

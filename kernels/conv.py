@@ -1,6 +1,6 @@
 """aten's convolution, with fp32 inside where a CPU has no products of the 16-bit dtype.
 
-An x86 processor without AVX-512 BF16 or AMX unpacks bf16 in the inner loop of a convolution, and takes three to six
+An x86 processor without AVX-512 BF16 or AMX unpacks bf16 in the inner loop of a convolution, and takes three to five
 times as long as in fp32 (docs/log.md). There x and the weights are widened beforehand and the sums rounded once: what a
 processor with bf16 products computes, for it sums in fp32 too. What autograd keeps stays 16 bits wide.
 """
@@ -18,6 +18,11 @@ from .dispatch import autocast_dtype, multiplies, without_autocast
 Sides = int | tuple[int, ...] | list[int]  # of a stride or a padding
 
 
+def _dtype(x: Tensor) -> torch.dtype:
+    """What a convolution of x computes in, fp64 also under autocast."""
+    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype
+
+
 def in_fp32(x: Tensor) -> bool:
     """Whether a convolution of x, in the dtype that autocast gives it, is faster with fp32 inside.
 
@@ -25,7 +30,7 @@ def in_fp32(x: Tensor) -> bool:
     """
     if x.device.type != "cpu" or torch.compiler.is_exporting():
         return False
-    return not multiplies(autocast_dtype(x) or x.dtype)
+    return not multiplies(_dtype(x))
 
 
 def _both(sides: Sides) -> list[int]:
@@ -75,7 +80,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Sides 
     """F.conv2d(x, weight, bias, stride, padding), faster where `in_fp32`. [N, C, H, W] -> [N, C_out, H', W']"""
     if not in_fp32(x):
         return F.conv2d(x, weight, bias, stride, padding)  # pyright: ignore[reportArgumentType]
-    dtype = autocast_dtype(x) or x.dtype
+    dtype = _dtype(x)
     x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
     with without_autocast(x):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):

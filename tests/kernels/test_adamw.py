@@ -161,6 +161,19 @@ def test_gradients_of_another_layout_are_copied(backend):
     assert torch.equal(p, other)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_of_sides_of_one_do_not_matter(backend):
+    """A 1x1 convolution's weight is channels_last and contiguous at once"""
+    p = torch.randn(4, 6, 1, 1, device=DEVICE)
+    last = p.as_strided(p.shape, (6, 1, 6, 6)).clone(memory_format=torch.preserve_format)
+    e, zeros = p.clone(), [[torch.zeros_like(last)], [torch.zeros_like(p)]]
+    assert last.stride() != p.stride()
+    adamw_([last], [torch.ones_like(p)], *zeros, [torch.zeros((), device=DEVICE)], [[e]], **SETTINGS, weights=[1.0],
+           backend=backend)  # fmt: skip
+    torch.testing.assert_close(last, p * (1 - 1e-3) - 1e-2)
+    assert torch.equal(e, last)
+
+
 def test_fp64_is_torchs():
     wide = [[torch.zeros(2, dtype=torch.float64)] for _ in range(4)]
     with pytest.raises(ValueError, match=r"adamw_: backend 'triton' cannot run: expected float32, got torch.float64"):

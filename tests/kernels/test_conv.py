@@ -115,6 +115,13 @@ def test_autocast(lacking, learns):
         assert x.grad.dtype == weight.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_fp64_alone(lacking):
+    x, weight, bias = inputs(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv2d(x, weight, bias, padding=1), F.conv2d(x, weight, bias, padding=1))
+        assert conv2d(x, weight, bias, padding=1).dtype == torch.float64
+
+
 def test_vmap(lacking):
     x, weight, _ = inputs(torch.bfloat16)
     many = torch.stack((x, 2 * x))
