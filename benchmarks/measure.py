@@ -100,14 +100,16 @@ def ratio(ours: list[float], reference: list[float]) -> tuple[float, float]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
+    """The GPU's name, or the processor's and its vectors: hosts give processors of several generations one name."""
     if device.type != "cpu":
         return torch.get_device_module(device).get_device_name(device)
+    vectors = torch.backends.cpu.get_cpu_capability()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    return f"{name}, {vectors}"
 
 
 def slug(device: torch.device) -> str:
