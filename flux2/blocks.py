@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import add_bias_group_stats, group_norm, norm_silu_conv2d, upsample_conv2d
-from kernels.conv import conv2d, in_fp32
+from kernels.conv import by_products, conv2d, in_fp32
 from kernels.dispatch import resolve
 from kernels.tiles import unsupported
 
@@ -67,8 +67,8 @@ class Block(nn.Module):
         return add_bias_group_stats(y, residual, bias, self.num_groups, self.backend)
 
     def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """conv(x), with fp32 inside where a CPU has no products of x's dtype."""
-        if self.backend == "torch" or not in_fp32(x):
+        """conv(x), by `kernels.conv.conv2d` where that is faster."""
+        if self.backend == "torch" or not (in_fp32(x) or by_products(x, conv.weight)):
             return conv(x)
         return conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)  # pyright: ignore[reportArgumentType]
 

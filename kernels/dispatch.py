@@ -48,6 +48,7 @@ def _lacking() -> frozenset[torch.dtype]:
 
 
 _LACKING = _lacking()
+_VECTORS = torch.backends.cpu.get_cpu_capability()
 
 GPU_TYPES = ("cuda", "xpu")  # HIP devices call themselves cuda
 BACKENDS = ("torch", "triton")
@@ -66,6 +67,11 @@ def interpreting() -> bool:
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether the CPU has instructions that multiply numbers of that dtype; True where nothing is known."""
     return dtype not in _LACKING
+
+
+def vectors() -> str:
+    """The CPU's instructions that aten's kernels are made of: AVX2, AVX512, DEFAULT and others."""
+    return _VECTORS
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -1,4 +1,7 @@
-"""Convolutions with fp32 inside where a CPU has no products of 16 bits: the same function, kept in 16 bits."""
+"""Convolutions by other ways than aten's where a CPU lacks what those need: the same function.
+
+With fp32 inside, kept in 16 bits, where it has no products of 16 bits; gradients of weights as products of matrices.
+"""
 
 import pytest
 import torch
@@ -6,8 +9,9 @@ import torch.nn.functional as F
 from tolerance import assert_no_worse
 
 from flux2.autoencoder import AutoEncoder, AutoencoderConfig
+from kernels import conv as conv_module
 from kernels import dispatch, norm_silu_conv2d, upsample_conv2d
-from kernels.conv import conv2d, in_fp32
+from kernels.conv import by_products, conv2d, conv2d_backward, in_fp32, weight_gradient
 
 NARROW = (torch.bfloat16, torch.float16)
 SMALL = AutoencoderConfig(z_channels=4, ch=32, ch_mult=(1, 2), num_res_blocks=1)
@@ -23,6 +27,13 @@ def lacking(monkeypatch):
 def able(monkeypatch):
     """A CPU that multiplies everything."""
     monkeypatch.setattr(dispatch, "_LACKING", frozenset())
+
+
+@pytest.fixture
+def narrow_vectors(monkeypatch):
+    """A CPU with AVX2 alone, and products for tensors of any width."""
+    monkeypatch.setattr(dispatch, "_VECTORS", "AVX2")
+    monkeypatch.setattr(conv_module, "WIDE", 1)
 
 
 def inputs(dtype, bias=True, c=5, k=6, layout=torch.channels_last):
@@ -194,3 +205,101 @@ def test_all_convolutions_of_an_autoencoder(lacking, monkeypatch):
     y = ae.set_backend("auto").reconstruct(x)
     assert many > 10 and not narrow
     assert ((y - plain).float().norm() / plain.float().norm()).item() < 0.05
+
+
+# Gradients of weights as products
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 2), (1, 4), (5, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2, (3, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("padding", [0, 1, (2, 0)], ids=str)
+def test_gradient_of_the_weights(padding, stride, kernel, layout):
+    x, weight = torch.randn(2, 4, 11, 12).to(memory_format=layout), torch.randn(6, 4, *kernel, dtype=torch.float64)
+    dy = torch.randn_like(F.conv2d(x.double(), weight, None, stride, padding))
+    _, truth, _ = conv2d_backward(dy, x.double(), weight, stride, padding, [False, True, False])
+    torch.testing.assert_close(weight_gradient(dy, x.double(), weight, stride, padding), truth)
+    single = weight_gradient(dy.float(), x, weight.float(), stride, padding)
+    assert ((single.double() - truth).norm() / truth.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (True, False, True)])
+def test_products_where_they_are_faster(narrow_vectors, lacking, wanted, dtype, monkeypatch):
+    calls, plain = [], conv_module.weight_gradient
+    monkeypatch.setattr(conv_module, "weight_gradient", lambda *given: calls.append(1) or plain(*given))
+    given = [t.requires_grad_(w) for t, w in zip(inputs(dtype), wanted, strict=True)]
+    wide = [t.detach().double().requires_grad_(w) for t, w in zip(given, wanted, strict=True)]
+    y, truth = conv2d(*given, padding=1), F.conv2d(*wide, padding=1)
+    dy = torch.randn_like(y)
+    found, expected = (
+        torch.autograd.grad(out, [t for t in of if t.requires_grad], dy.to(out))
+        for out, of in ((y, given), (truth, wide))
+    )
+    for got, t in zip(found, expected, strict=True):
+        assert got.dtype == dtype
+        assert ((got.double() - t).norm() / t.norm()).item() < (1e-6 if dtype == torch.float32 else 5e-3)
+    assert len(calls) == wanted[1]
+
+
+def test_products_are_for_wide_fp32_in_channels_last_on_such_a_cpu(monkeypatch):
+    x = torch.zeros(1, 128, 4, 4).to(memory_format=torch.channels_last)
+    weight = torch.zeros(128, 128, 3, 3)
+    monkeypatch.setattr(dispatch, "_LACKING", frozenset())
+    monkeypatch.setattr(dispatch, "_VECTORS", "AVX2")
+    assert by_products(x, weight)
+    assert not by_products(x, weight[:64]) and not by_products(x, weight[..., :1, :1])
+    assert not by_products(x.contiguous(), weight) and not by_products(x.bfloat16(), weight.bfloat16())
+    assert not by_products(x.double(), weight.double()) and not by_products(x.to("meta"), weight.to("meta"))
+    monkeypatch.setattr(dispatch, "_LACKING", frozenset(NARROW))
+    assert by_products(x.bfloat16(), weight.bfloat16())
+    monkeypatch.setattr(dispatch, "_VECTORS", "AVX512")
+    assert not by_products(x, weight)
+
+
+def test_products_again_and_under_autocast(narrow_vectors, able):
+    """Second derivatives, and backward inside autocast, which may not round what is multiplied"""
+    x, weight, bias = (t.requires_grad_() for t in inputs(torch.float64))
+    torch.autograd.gradgradcheck(
+        lambda w: weight_gradient(conv2d(x, w, bias, padding=1), x, w, 1, 1).square().sum(), [weight]
+    )
+    x, weight, bias = (t.detach().float().requires_grad_() for t in (x, weight, bias))
+    y = conv2d(x, weight, bias, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(y.square().sum(), weight)
+    stock = F.conv2d(x, weight, bias, padding=1)
+    (expected,) = torch.autograd.grad(stock.square().sum(), weight)
+    torch.testing.assert_close(found, expected)
+
+
+def test_products_compile_and_map(narrow_vectors, able):
+    x, weight, bias = (t.requires_grad_() for t in inputs(torch.float32, c=4, k=4))
+
+    def f(x, weight):
+        return upsample_conv2d(conv2d(x, weight, bias, padding=1), weight, bias).square().sum()
+
+    stock = torch.autograd.grad(F.conv2d(x, weight, bias, padding=1).square().sum(), weight)[0]
+    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        found = torch.autograd.grad(g(x, weight), weight)[0]
+        if g is f:
+            first = found
+        torch.testing.assert_close(found, first, rtol=1e-4, atol=1e-4)
+    one = torch.func.grad(lambda w, x: conv2d(x, w, bias, padding=1).square().sum())
+    torch.testing.assert_close(one(weight, x), stock)
+    each = torch.vmap(one, in_dims=(None, 0))(weight, torch.stack((x, x)))
+    torch.testing.assert_close(each[1], stock)
+
+
+def test_all_weights_of_an_autoencoder_get_their_gradients(narrow_vectors, able, monkeypatch):
+    calls, plain = [], conv_module.weight_gradient
+    monkeypatch.setattr(conv_module, "weight_gradient", lambda *given: calls.append(1) or plain(*given))
+    ae, x = AutoEncoder(SMALL).to(memory_format=torch.channels_last), torch.rand(2, 3, 16, 16) * 2 - 1
+    x = x.to(memory_format=torch.channels_last)
+    found = {}
+    for backend in ("torch", "auto"):
+        recon, _ = ae.set_backend(backend)(x)
+        grads = torch.autograd.grad(recon.square().mean(), list(ae.parameters()), allow_unused=True)
+        found[backend] = [g for g in grads if g is not None]
+        assert bool(calls) == (backend == "auto")
+    for got, expected in zip(found["auto"], found["torch"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-7)
