@@ -83,15 +83,18 @@ def conv2d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: Sides, padding: Sides, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias where `wanted`; differentiable."""
-    wide, products = in_fp32(x), wanted[1] and by_products(x, weight)
+    wide, products, of_bias = in_fp32(x), wanted[1] and by_products(x, weight), False
     a, b, c = (t.float() for t in (dy, x, weight)) if wide else (dy, x, weight)
+    if products:
+        wanted, of_bias = [wanted[0], False, False], wanted[2]  # oneDNN has the bias's by way of the weights'
     grads = torch.ops.aten.convolution_backward(
         a, b, c, [weight.shape[0]] if wanted[2] else None, _both(stride), _both(padding), [1, 1], False, [0, 0], 1,
-        [wanted[0], wanted[1] and not products, wanted[2]],
+        wanted,
     )  # fmt: skip
     if products:
         with without_autocast(x):
-            grads = grads[0], weight_gradient(a, b, c, stride, padding), grads[2]
+            bias = a.sum((0, 2, 3)) if of_bias else None
+            grads = grads[0], weight_gradient(a, b, c, stride, padding), bias
     return tuple(g.to(x.dtype) if wide and g is not None else g for g in grads)  # pyright: ignore[reportReturnType]
 
 

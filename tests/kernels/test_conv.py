@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerance import assert_no_worse
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux2.autoencoder import AutoEncoder, AutoencoderConfig
 from kernels import conv as conv_module
@@ -240,6 +241,22 @@ def test_products_where_they_are_faster(narrow_vectors, lacking, wanted, dtype, 
         assert got.dtype == dtype
         assert ((got.double() - t).norm() / t.norm()).item() < (1e-6 if dtype == torch.float32 else 5e-3)
     assert len(calls) == wanted[1]
+
+
+def test_with_products_onednn_is_asked_for_the_inputs_gradient_alone(narrow_vectors, able):
+    """With the bias's it would compute the weights' as well"""
+    masks = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution_backward.default:
+                masks.append(list(args[-1]))
+            return func(*args, **(kwargs or {}))
+
+    x, weight, _ = inputs(torch.float32)
+    with Watch():
+        conv2d_backward(torch.randn(2, 6, 7, 9), x, weight, 1, 1, [True, True, True])
+    assert masks == [[True, False, False]]
 
 
 def test_products_are_for_wide_fp32_in_channels_last_on_such_a_cpu(monkeypatch):
